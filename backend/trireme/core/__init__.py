@@ -1,0 +1,1 @@
+"""The values that every room shares. No torch outside `batch`, no server, no process."""

@@ -1,0 +1,122 @@
+"""Control: what the front asks of a stage besides steps, and a stage's answers. One message in, one answer out, in a Parcel."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+
+from trireme.core.step import Outcome
+
+
+class Parcel(NamedTuple):
+    """What one BLS call carries each way: a packed message and, on the tensor link, rows."""
+
+    packed: bytes
+    rows: np.ndarray | None = None  # uint8 [bytes]: [T, hidden] rows of the model's dtype
+
+
+class Status(msgspec.Struct, frozen=True, tag="status"):
+    """How is the stage? Answered at once with StageState."""
+
+
+class Found(msgspec.Struct, frozen=True, tag="found"):
+    """To stage 0: host a rendezvous store for this epoch. Answered with Founded."""
+
+    epoch: int
+
+
+class Join(msgspec.Struct, frozen=True, tag="join"):
+    """To every stage: drop the old epoch (pages, slots, groups), form this one's groups. Answered with Joined."""
+
+    epoch: int
+    store: str = ""  # host:port of the rendezvous store; empty where no group is needed
+
+
+class RankState(msgspec.Struct, frozen=True):
+    """One rank as its leader sees it."""
+
+    rank: int
+    state: str  # "starting" | "loading" | "ready" | "dead" | "failed"
+    pid: int = 0
+    detail: str = ""
+
+
+class StageState(msgspec.Struct, frozen=True, tag="state"):
+    """A stage as its leader sees it; `detail` is a sentence for a user while state is not ready."""
+
+    stage: int
+    state: str  # "starting" | "loading" | "ready" | "healing" | "failed"
+    detail: str = ""
+    epoch: int = -1  # the last epoch joined
+    num_pages: int = 0  # capacity, once ready
+    ranks: list[RankState] = []
+    reordered: int = 0  # steps that came early and were held, since the stage began
+    restarts: int = 0  # ranks started again
+
+
+class Founded(msgspec.Struct, frozen=True, tag="founded"):
+    epoch: int
+    store: str
+
+
+class Joined(msgspec.Struct, frozen=True, tag="joined"):
+    epoch: int
+
+
+class Fault(msgspec.Struct, frozen=True, tag="fault"):
+    """A step or control message that was not carried out. `kind`: "stale", "duplicate", "gap", "checksum", "link",
+    "rank" (died or failed), "unready". Nothing computes on in that epoch."""
+
+    kind: str
+    message: str
+    stage: int = -1
+    epoch: int = -1
+    number: int = -1
+
+
+Ask = Status | Found | Join
+Answer = StageState | Founded | Joined | Outcome | Fault
+
+_STEP, _ASK = b"S", b"A"
+_encoder = msgspec.msgpack.Encoder()
+_ask_decoder = msgspec.msgpack.Decoder(Ask)
+
+
+class _Sealed(msgspec.Struct, frozen=True):
+    """Answers travel wrapped: Outcome is array-like and the others are maps, which msgspec does not mix in one union."""
+
+    outcome: Outcome | None = None
+    other: StageState | Founded | Joined | Fault | None = None
+
+
+_answer_decoder = msgspec.msgpack.Decoder(_Sealed)
+
+
+def pack_ask(ask: Ask) -> bytes:
+    return _ASK + _encoder.encode(ask)
+
+
+def seal_step(packed_step: bytes) -> bytes:
+    """A step (see core.step.pack_step) as a message to a stage."""
+    return _STEP + packed_step
+
+
+def open_message(packed: bytes) -> Ask | memoryview:
+    """An Ask, or the packed step inside."""
+    if packed[:1] == _STEP:
+        return memoryview(packed)[1:]
+    return _ask_decoder.decode(memoryview(packed)[1:])
+
+
+def pack_answer(answer: Answer) -> bytes:
+    sealed = _Sealed(outcome=answer) if isinstance(answer, Outcome) else _Sealed(other=answer)
+    return _encoder.encode(sealed)
+
+
+def open_answer(packed: bytes) -> Answer:
+    sealed = _answer_decoder.decode(packed)
+    answer = sealed.outcome if sealed.outcome is not None else sealed.other
+    assert answer is not None, "an answer holds an outcome or another message"
+    return answer

@@ -1,0 +1,174 @@
+"""Settings: the one file a user edits (`model_repository/llm/1/model.json`), checked; and Limits, the operator's numbers in it."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from trireme.core.refusal import Refusal
+from trireme.core.step import PAGE
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """vLLM's spelling where the meaning is the same. Paths are absolute once read by `read_settings`."""
+
+    model: str  # checkpoint directory: config.json, *.safetensors, tokenizer.json, generation_config.json
+    tokenizer: str | None = None  # another directory for the tokenizer and chat template
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: float32 on CPU, the checkpoint's on GPU
+    load_format: Literal["auto", "dummy"] = "auto"
+    max_model_len: int | None = None  # tokens of prompt and output together; None: the checkpoint's
+    max_num_seqs: int = 64  # sequences running at once
+    max_num_batched_tokens: int = 512  # rows of one step
+    max_micro_batch_size: int | None = None  # decoding sequences of one step; None: ready decodes / pp
+    max_queue_size: int = 1024  # requests waiting; one more is refused as unavailable
+    enable_prefix_caching: bool = True
+    kv_cache_memory_bytes: int = 1 << 30  # of one rank's pages
+    num_pages: int | None = None  # exact number of pages, in place of bytes
+    pipeline_parallel_size: int = 1
+    tensor_parallel_size: int = 1
+    layer_cut: list[int] | None = None  # layers of each stage; None: by the cost model
+    async_depth: int = 1  # steps in flight beyond pp
+    link: Literal["collective", "tensor"] = "collective"  # how rows go from stage to stage
+    threads_per_rank: int | None = None  # CPU threads; None: cores / ranks
+    default_max_tokens: int = 256  # for requests that name none
+    request_timeout_s: float | None = None  # a deadline for requests that name none
+    step_timeout_s: float = 60.0  # a step, or a gap before one, that takes longer is a fault
+    start_timeout_s: float = 600.0  # for ranks to load and answer
+    step_trace: str | None = None  # file for one JSON line a step and stage; read by `trireme trace`
+    served_model_name: str | None = None  # label `model` of metrics; None: the front's model name
+
+    @property
+    def num_stages(self) -> int:
+        return self.pipeline_parallel_size
+
+    @property
+    def inflight(self) -> int:
+        """Steps in flight over all stages."""
+        return self.pipeline_parallel_size + self.async_depth
+
+    @property
+    def fed_back(self) -> bool:
+        """Whether sampled tokens return to stage 0 over the link, ahead of the front."""
+        return self.link == "collective"
+
+    def threads(self, num_ranks: int) -> int:
+        return self.threads_per_rank or max(1, len(os.sched_getaffinity(0)) // num_ranks)
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """What the scheduler may do: Settings resolved against the checkpoint (max_model_len) and the stages (num_pages)."""
+
+    max_model_len: int
+    num_pages: int
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    max_micro_batch_size: int | None = None
+    max_queue_size: int = 1024
+    enable_prefix_caching: bool = True
+    num_stages: int = 1
+    inflight: int = 2
+    fed_back: bool = True
+
+    @classmethod
+    def of(cls, settings: Settings, *, max_model_len: int, num_pages: int) -> Limits:
+        """Raises Refusal where the pages cannot hold one sequence of max_model_len."""
+        if num_pages * PAGE < max_model_len:
+            raise Refusal(
+                f"{num_pages} pages of {PAGE} tokens cannot hold one sequence of max_model_len={max_model_len}",
+                why="a sequence must fit to ever finish",
+                fix=f"set max_model_len to at most {num_pages * PAGE}, or raise kv_cache_memory_bytes",
+            )
+        return cls(
+            max_model_len=max_model_len,
+            num_pages=num_pages,
+            max_num_seqs=settings.max_num_seqs,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+            max_micro_batch_size=settings.max_micro_batch_size,
+            max_queue_size=settings.max_queue_size,
+            enable_prefix_caching=settings.enable_prefix_caching,
+            num_stages=settings.num_stages,
+            inflight=settings.inflight,
+            fed_back=settings.fed_back,
+        )
+
+
+_AT_LEAST = {
+    "max_model_len": 1,
+    "max_num_seqs": 1,
+    "max_num_batched_tokens": PAGE,
+    "max_micro_batch_size": 1,
+    "max_queue_size": 1,
+    "kv_cache_memory_bytes": 1,
+    "num_pages": 1,
+    "pipeline_parallel_size": 1,
+    "tensor_parallel_size": 1,
+    "async_depth": 0,
+    "threads_per_rank": 1,
+    "default_max_tokens": 1,
+    "request_timeout_s": 0.001,
+    "step_timeout_s": 0.1,
+    "start_timeout_s": 0.1,
+}
+
+
+def make_settings(values: dict[str, Any]) -> Settings:
+    """Settings of plain values; Refusal for an unknown key, a wrong type or a number out of range."""
+    unknown = sorted(set(values) - set(Settings.__struct_fields__))
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], Settings.__struct_fields__, n=1)
+        raise Refusal(
+            f"unknown setting {unknown[0]!r}",
+            why="a misspelt setting must not be ignored",
+            fix=f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(Settings.__struct_fields__)}",
+        )
+    try:
+        settings = msgspec.convert(values, Settings)
+    except msgspec.ValidationError as error:
+        raise Refusal("bad setting", why=str(error), fix="see README, Settings") from None
+    for name, least in _AT_LEAST.items():
+        value = getattr(settings, name)
+        if value is not None and value < least:
+            raise Refusal(f"{name}={value} is too small", why=f"it must be at least {least}", fix=f"set {name}={least} or more")
+    if settings.layer_cut is not None and len(settings.layer_cut) != settings.num_stages:
+        raise Refusal(
+            f"layer_cut names {len(settings.layer_cut)} stages but pipeline_parallel_size is {settings.num_stages}",
+            why="each stage needs its number of layers",
+            fix="give one number for each stage, or leave layer_cut out",
+        )
+    if settings.tensor_parallel_size > 1:
+        raise Refusal(
+            f"tensor_parallel_size={settings.tensor_parallel_size} is not there yet",
+            why="a stage has one rank in this version",
+            fix="use pipeline_parallel_size",
+        )
+    return settings
+
+
+def read_settings(path: Path) -> Settings:
+    """Settings of a model.json. A stage's file is `{"settings": "../../llm/1/model.json"}` and is followed; relative
+    paths inside a settings file are taken from the folder that holds the model repository."""
+    path = path.resolve()
+    try:
+        values = msgspec.json.decode(path.read_bytes())
+    except FileNotFoundError:
+        raise Refusal(f"settings file {path} is missing", why="every model of the repository names it", fix="run `trireme repo`") from None
+    except msgspec.DecodeError as error:
+        raise Refusal(f"settings file {path} is not JSON", why=str(error), fix="mend the file") from None
+    if not isinstance(values, dict):
+        raise Refusal(f"settings file {path} is not a JSON object", why="settings have names", fix='write {"model": "..."}')
+    if set(values) == {"settings"}:
+        return read_settings(path.parent / values["settings"])
+    home = path.parents[3]  # <home>/<repository>/<model>/<version>/model.json
+    for name in ("model", "tokenizer", "step_trace"):
+        if isinstance(values.get(name), str):
+            values[name] = str((home / values[name]).resolve())
+    return make_settings(values)
+
+
+def write_settings(settings: Settings) -> str:
+    """The text of a model.json with everything that differs from the defaults."""
+    return msgspec.json.format(msgspec.json.encode(settings), indent=2).decode() + "\n"

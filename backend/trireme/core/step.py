@@ -1,0 +1,133 @@
+"""Step and Outcome: what the front tells every stage to compute, and what a stage answers. Bytes by msgspec, never pickle.
+
+A Step says only what changes. Ranks keep a page table and a sampler row for each slot; a Step opens slots, writes page
+table entries and lists rows. Checksums are chained: step k's covers its own bytes and the checksum of step k-1, so a
+stage that missed or altered anything refuses the next step by name instead of computing on.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+
+import msgspec
+import numpy as np
+
+from trireme.core.refusal import Refusal
+from trireme.core.request import Logprobs, Sampling
+
+FED = -1  # in Step.tokens: the token that this slot sampled last, known to the ranks before it is known to the front
+PAGE = 16  # tokens in a page
+
+
+def ints(values) -> bytes:
+    """Int32 values as the bytes that Steps and Outcomes carry."""
+    return np.asarray(values, dtype=np.int32).tobytes()
+
+
+def array(packed: bytes) -> np.ndarray:
+    """The int32 values of a packed field (read-only view)."""
+    return np.frombuffer(packed, dtype=np.int32)
+
+
+class Open(msgspec.Struct, frozen=True, array_like=True):
+    """A sequence takes a slot: its sampler row starts anew. `history` is its token log so far (prompt, then output)
+    where the sampler needs it (penalties, prompt logprobs), else empty."""
+
+    slot: int
+    sampling: Sampling
+    prompt_len: int  # tokens of the prompt; a preempted sequence's log is longer
+    history: bytes = b""
+
+
+class Step(msgspec.Struct, frozen=True, array_like=True, tag="step"):
+    """One forward of one batch through all stages. Item i computes positions starts[i] .. starts[i]+counts[i]-1 of slots[i]."""
+
+    epoch: int
+    number: int  # rises by one from 0 in an epoch
+    slots: bytes  # int32 [items]
+    starts: bytes  # int32 [items]
+    counts: bytes  # int32 [items]
+    samples: bytes  # int32 [items], 1 where the item's last row is sampled
+    tokens: bytes  # int32 [sum of counts]; FED only where counts is 1
+    opens: list[Open] = []
+    page_writes: bytes = b""  # int32 [writes, 3]: slot, index in its page table, page
+    bans: list[tuple[int, list[int]]] = []  # (item, token ids) that must not be sampled now; the place for grammars too
+    returns: bool = False  # whether the last stage sends sampled tokens back to stage 0 (they will be FED)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.tokens) // 4
+
+    @property
+    def num_items(self) -> int:
+        return len(self.slots) // 4
+
+    @property
+    def num_samples(self) -> int:
+        return int(array(self.samples).sum())
+
+
+class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Logprobs of prompt tokens start+1 .. start+len(values) of the sequence in `slot`."""
+
+    slot: int
+    start: int
+    values: list[Logprobs]
+
+
+class Clock(msgspec.Struct, frozen=True, array_like=True):
+    """Where a rank's time went for one step, in seconds; `began` is time.time() at the start of the forward."""
+
+    began: float = 0.0
+    waiting: float = 0.0  # for a step to come
+    receiving: float = 0.0  # for rows or fed-back tokens of other stages
+    busy: float = 0.0  # computing and sending
+
+
+class Outcome(msgspec.Struct, frozen=True, array_like=True, tag="outcome"):
+    """A stage's answer to one Step. Only the last stage fills tokens: one for each sampling item, in item order."""
+
+    epoch: int
+    number: int
+    stage: int
+    tokens: bytes = b""  # int32 [num_samples]
+    logprobs: list[Logprobs | None] = []  # [num_samples] where any item asked, else empty
+    prompt_logprobs: list[PromptLogprobs] = []
+    clock: Clock = Clock()
+
+
+_encoder = msgspec.msgpack.Encoder()
+_step_decoder = msgspec.msgpack.Decoder(Step)
+_SEAL = struct.Struct("<I")
+
+
+def first_checksum(epoch: int) -> int:
+    """What step 0 of an epoch chains to."""
+    return zlib.crc32(struct.pack("<q", epoch))
+
+
+def pack_step(step: Step, previous: int) -> tuple[bytes, int]:
+    """(bytes, checksum) of a step that follows one with checksum `previous`."""
+    body = _encoder.encode(step)
+    checksum = zlib.crc32(body, previous)
+    return _SEAL.pack(checksum) + body, checksum
+
+
+def peek_step(packed: bytes) -> Step:
+    """The step inside, unverified: for a leader that must hold an early one."""
+    return _step_decoder.decode(memoryview(packed)[_SEAL.size :])
+
+
+def verify_step(packed: bytes, previous: int) -> int:
+    """The step's checksum; Refusal where it does not follow a step with checksum `previous`."""
+    (claimed,) = _SEAL.unpack_from(packed)
+    found = zlib.crc32(memoryview(packed)[_SEAL.size :], previous)
+    if claimed != found:
+        raise Refusal(
+            "step refused: its checksum is not that of the steps before it",
+            why=f"claimed {claimed:08x}, computed {found:08x}",
+            fix="the front opens a new epoch",
+            kind="internal",
+        )
+    return found
