@@ -1,0 +1,65 @@
+"""The settings file: read, followed from a stage, and refused in a sentence that names the key."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from trireme.core.refusal import Refusal
+from trireme.core.settings import Limits, Settings, make_settings, read_settings, write_settings
+
+
+def repository(home: Path, values: object) -> Path:
+    for model, text in {"llm": json.dumps(values), "stage_0": '{"settings": "../../llm/1/model.json"}'}.items():
+        folder = home / "repo" / model / "1"
+        folder.mkdir(parents=True)
+        (folder / "model.json").write_text(text)
+    return home / "repo"
+
+
+def test_a_stage_reads_the_fronts_file_and_paths_start_beside_the_repository(tmp_path):
+    repo = repository(tmp_path, {"model": "models/tiny", "pipeline_parallel_size": 2})
+    front, stage = (read_settings(repo / name / "1" / "model.json") for name in ("llm", "stage_0"))
+    assert front == stage
+    assert front.model == str(tmp_path / "models" / "tiny")
+    assert (front.num_stages, front.inflight, front.fed_back) == (2, 3, True)
+
+
+def test_written_settings_read_back(tmp_path):
+    settings = make_settings({"model": "/m", "link": "tensor", "layer_cut": [3, 1], "pipeline_parallel_size": 2})
+    repo = repository(tmp_path, json.loads(write_settings(settings)))
+    assert read_settings(repo / "llm" / "1" / "model.json") == settings
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"model": "m", "pipeline_paralel_size": 2}, "did you mean 'pipeline_parallel_size'"),
+        ({}, "model"),
+        ({"model": "m", "max_num_seqs": "many"}, "max_num_seqs"),
+        ({"model": "m", "max_num_seqs": 0}, "max_num_seqs=0 is too small"),
+        ({"model": "m", "link": "telepathy"}, "link"),
+        ({"model": "m", "layer_cut": [4], "pipeline_parallel_size": 2}, "layer_cut names 1 stages"),
+        ({"model": "m", "tensor_parallel_size": 2}, "not there yet"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(values, says):
+    with pytest.raises(Refusal, match=says):
+        make_settings(values)
+
+
+def test_broken_files_are_refused(tmp_path):
+    with pytest.raises(Refusal, match="missing"):
+        read_settings(tmp_path / "a" / "b" / "c" / "model.json")
+    repo = repository(tmp_path, [1])
+    with pytest.raises(Refusal, match="not a JSON object"):
+        read_settings(repo / "llm" / "1" / "model.json")
+    (repo / "llm" / "1" / "model.json").write_text("{")
+    with pytest.raises(Refusal, match="not JSON"):
+        read_settings(repo / "llm" / "1" / "model.json")
+
+
+def test_a_sequence_must_fit():
+    with pytest.raises(Refusal, match="cannot hold one sequence"):
+        Limits.of(Settings(model="m"), max_model_len=33, num_pages=2)
+    assert Limits.of(Settings(model="m"), max_model_len=32, num_pages=2).num_pages == 2
