@@ -1,0 +1,1 @@
+"""The command line: one file a verb. Knows every room; no room knows it."""
