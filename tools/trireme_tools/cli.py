@@ -7,7 +7,7 @@ import sys
 import typer
 
 from trireme.core.refusal import Refusal
-from trireme_tools import fetch_demo
+from trireme_tools import fetch_demo, serve
 
 
 def build() -> typer.Typer:
@@ -19,6 +19,7 @@ def build() -> typer.Typer:
         pretty_exceptions_enable=False,  # a fault of ours shows a plain traceback
     )
     app.command("fetch-demo")(fetch_demo.fetch_demo)
+    app.command()(serve.serve)
     app.callback()(_anchor)
     return app
 

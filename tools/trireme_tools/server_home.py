@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import glob
 import importlib.util
 import os
@@ -9,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from trireme.core.refusal import Refusal
 _STUB = "triton_python_backend_stub"
 _UTILS = "triton_python_backend_utils.py"
 _LIBRARY = "libtriton_python.so"
+SHM_BYTES_PER_STUB = 4 << 20  # a stub's region to begin with; it grows by 1 MiB and never shrinks
 
 
 @dataclass(frozen=True)
@@ -31,9 +34,9 @@ class ServerHome:
     def environment(self) -> dict[str, str]:
         """Of the server: the stub embeds the `python3` that is first on PATH, and ignores PYTHONPATH."""
         env = dict(os.environ)
-        env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", "")])
-        found = [str(folder) for folder in self.libraries] + [env["LD_LIBRARY_PATH"]] * ("LD_LIBRARY_PATH" in env)
-        env["LD_LIBRARY_PATH"] = os.pathsep.join(found)
+        fronts = {"PATH": [Path(sys.executable).parent], "LD_LIBRARY_PATH": self.libraries}
+        for name, folders in fronts.items():
+            env[name] = os.pathsep.join([*map(str, folders), *filter(None, [env.get(name)])])
         return env
 
 
@@ -55,7 +58,9 @@ def find_server() -> ServerHome:
     places += [server.resolve().parent.parent / "backends" / "python", Path("/opt/tritonserver/backends/python")]
     backend = next((place for place in places if (place / _LIBRARY).exists()), None)
     if backend is None:
-        raise Refusal(f"{server} has no Python backend", why=f"no {_LIBRARY} in {places[0]}", fix="set TRITON_BACKENDS to its backend directory")
+        raise Refusal(
+            f"{server} has no Python backend", why=f"no {_LIBRARY} in {places[0]}", fix="set TRITON_BACKENDS to its backend directory"
+        )
     stub = backend / _STUB
     libraries = [Path(path) for path in [sysconfig.get_config_var("LIBDIR")] if path and glob.glob(f"{path}/libpython3*.so*")]
     if from_wheel:
@@ -107,25 +112,26 @@ def check_libraries(home: ServerHome) -> None:
 
 
 def lay_out(home: ServerHome, backend_dir: Path) -> Path:
-    """Makes `backend_dir` the server's backend directory, of links: python/ (library, stub, utils) and trireme/."""
+    """Makes `backend_dir` the server's backend directory: python/ (library, stub, utils) and trireme/, a link to the
+    package. Copies where a link would do for all but the server, which refuses a library that "escapes" its folder."""
     import trireme
 
     python = backend_dir / "python"
     python.mkdir(parents=True, exist_ok=True)
-    _link(python / _LIBRARY, home.python_backend / _LIBRARY)
-    _link(python / _UTILS, home.python_backend / _UTILS)
-    _link(python / _STUB, home.stub)
-    _link(backend_dir / "trireme", Path(trireme.__file__).resolve().parent)
+    for name, source in {_LIBRARY: home.python_backend / _LIBRARY, _UTILS: home.python_backend / _UTILS, _STUB: home.stub}.items():
+        if not (python / name).exists() or not filecmp.cmp(source, python / name):
+            _replace(python / name, lambda fresh, source=source: shutil.copy2(source, fresh))
+    package, link = Path(trireme.__file__).resolve().parent, backend_dir / "trireme"
+    if not link.is_symlink() or link.readlink() != package:
+        _replace(link, lambda fresh: fresh.symlink_to(package))
     return backend_dir
 
 
-def _link(link: Path, target: Path) -> None:
-    """Points `link` at `target`; atomic, so that two starts at once do not trip over each other."""
-    if link.is_symlink() and link.readlink() == target:
-        return
-    fresh = link.with_name(f"{link.name}.{os.getpid()}")
-    fresh.symlink_to(target)
-    fresh.replace(link)
+def _replace(path: Path, make: Callable[[Path], object]) -> None:
+    """Puts what `make` makes at `path`, whole: two starts at once do not trip over each other."""
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    make(fresh)
+    fresh.replace(path)
 
 
 def models_of(repository: Path) -> list[str]:
@@ -138,6 +144,7 @@ def command(home: ServerHome, *, repository: Path, backend_dir: Path, ports: Por
     at once, a BLS thread pool of `thread_pool`, shared memory named `shm_prefix`..., and no CUDA pools of the server's own
     (it would open a context on each GPU; no device tensor of ours passes through it)."""
     num_gpus = len(glob.glob("/dev/nvidia[0-9]*"))
+    # python-based backends take the options of `python`; under the name `trireme` they are ignored (seen on 24.10)
     python = {"thread-pool-size": thread_pool, "shm-region-prefix-name": shm_prefix, "shm-default-byte-size": SHM_BYTES_PER_STUB}
     return [
         str(home.server),
@@ -152,11 +159,9 @@ def command(home: ServerHome, *, repository: Path, backend_dir: Path, ports: Por
         f"--metrics-port={ports.metrics}",
         *(f"--backend-config=python,{key}={value}" for key, value in python.items()),
         *(f"--cuda-memory-pool-byte-size={gpu}:0" for gpu in range(num_gpus)),
+        f"--allow-gpu-metrics={'true' if num_gpus else 'false'}",
         "--pinned-memory-pool-byte-size=0",
         "--exit-timeout-secs=10",  # a stub that died while stopping would hold the exit for that long
         "--exit-on-error=true",
         "--log-info=false",
     ]
-
-
-SHM_BYTES_PER_STUB = 4 << 20  # a stub's region to begin with; it grows by 1 MiB and never shrinks

@@ -1,0 +1,43 @@
+# Trireme: the few verbs of a checkout. `make demo` is the place to begin; the command line is .venv/bin/trireme.
+
+TRIREME := .venv/bin/trireme
+PYTEST  := .venv/bin/python -m pytest
+MODEL   := models/SmolLM2-135M-Instruct/source.json
+
+.PHONY: help env demo serve chat test bench lint clean
+
+help:     ## this list
+	@grep -hE '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+env: .venv/.ready  ## .venv with everything in it: dependencies, tritonserver, the command line (PYTHON=, TRIREME_SYSTEM_SITE=1)
+
+demo: env ## set up, start a real tritonserver on model_repository/, stream a chat answer, stop
+	@$(TRIREME) demo
+
+serve: env $(MODEL) ## keep the server of model_repository/ running until Ctrl-C
+	@$(TRIREME) serve
+
+chat: env ## talk to a running server in the terminal
+	@$(TRIREME) chat
+
+test: env $(MODEL) ## lint, then every test tier this machine has hardware for (ARGS='-k name' for some)
+	.venv/bin/ruff check .
+	$(PYTEST) --durations=15 $(ARGS)
+
+bench: env $(MODEL) ## offline and served speed of the demo model against transformers, on this machine
+	$(TRIREME) bench offline --peer transformers
+	$(TRIREME) bench serve --peer transformers
+
+lint: env ## ruff (rules and format) and pyright
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/pyright
+
+clean:    ## remove what was made here, but not the demo model
+	rm -rf .venv build .pytest_cache .ruff_cache .hypothesis
+
+.venv/.ready: pyproject.toml constraints.txt tools/env.sh
+	@bash tools/env.sh
+
+$(MODEL): | env
+	@$(TRIREME) fetch-demo

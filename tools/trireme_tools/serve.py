@@ -1,0 +1,104 @@
+"""`trireme serve`: a checkpoint or a model repository behind a real tritonserver, until Ctrl-C. The work is the supervisor's."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from trireme.core.log import logger
+from trireme.core.refusal import Refusal
+from trireme.core.settings import Settings, make_settings, read_settings
+from trireme_tools.home import project_home
+from trireme_tools.server_home import Ports, find_server
+from trireme_tools.settings_options import override, settings_options
+from trireme_tools.supervisor import FRONT, Supervisor
+
+
+@settings_options
+def serve(
+    model_dir: Annotated[Path | None, typer.Argument(help="Checkpoint directory (default: what the repository names).")] = None,
+    *,
+    repository: Annotated[Path | None, typer.Option(help="Model repository (default: the project's model_repository/).")] = None,
+    http_port: int = 8000,
+    grpc_port: int = 8001,
+    metrics_port: int = 8002,
+    address: Annotated[str, typer.Option(help="Where the server listens.")] = "127.0.0.1",
+    chosen: dict[str, Any],
+) -> None:
+    """Serve a checkpoint through tritonserver until Ctrl-C; prints one line when ready."""
+    began, say = time.monotonic(), logger("serve").info
+    with served_repository(model_dir, repository, chosen) as (models, settings):
+        supervisor = Supervisor(
+            find_server(),
+            repository=models,
+            settings=settings,
+            backend_dir=backend_directory(),
+            ports=Ports(http_port, grpc_port, metrics_port, address),
+            say=say,
+        )
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: supervisor.ask_stop())
+        try:
+            supervisor.start()
+            if supervisor.wait_ready():
+                print(ready_line(supervisor, time.monotonic() - began), flush=True)
+            supervisor.watch()
+            crashed = not supervisor.stopping
+        finally:
+            supervisor.stop()
+    if crashed:
+        raise Refusal("the server ended by itself", why="see its output above", fix="start it again", kind="internal")
+
+
+@contextlib.contextmanager
+def served_repository(model_dir: Path | None, repository: Path | None, chosen: dict[str, Any]) -> Iterator[tuple[Path, Settings]]:
+    """The repository to serve and its settings: as it lies, or one made for `model_dir` and `chosen` and removed at the end."""
+    if model_dir is None:
+        repository = (repository or project_home() / "model_repository").resolve()
+        settings = read_settings(repository / FRONT / "1" / "model.json")
+    else:
+        settings = make_settings({"model": str(model_dir.resolve())})
+    settings = override(settings, chosen)
+    check_weights(settings)
+    if model_dir is None and not chosen:
+        assert repository is not None
+        yield repository, settings
+        return
+    from trireme.serve.repository import write_repository
+
+    with tempfile.TemporaryDirectory(prefix="trireme-serve-") as folder:
+        made = Path(folder) / "model_repository"
+        write_repository(settings, made)
+        yield made, settings
+
+
+def backend_directory() -> Path:
+    """Where the server's backend directory is laid out: in the checkout, else with the user's caches."""
+    try:
+        return project_home() / "build" / "backends"
+    except Refusal:
+        return Path.home() / ".cache" / "trireme" / "backends"
+
+
+def check_weights(settings: Settings) -> None:
+    """Refusal where the checkpoint is not there, before any process starts."""
+    model = Path(settings.model)
+    weights = settings.load_format == "dummy" or any(model.glob("*.safetensors"))
+    if not (model / "config.json").exists() or not weights:
+        fix = "run `trireme fetch-demo`" if model.name == "SmolLM2-135M-Instruct" else "give a folder with config.json and *.safetensors"
+        raise Refusal(f"no checkpoint in {model}", why="config.json or *.safetensors is missing", fix=fix)
+
+
+def ready_line(supervisor: Supervisor, seconds: float) -> str:
+    ports, settings = supervisor.ports, supervisor.settings
+    return (
+        f"trireme ready in {seconds:.1f} s: {Path(settings.model).name} as {FRONT} (pp={settings.num_stages}, link={settings.link}) "
+        f"on http {ports.address}:{ports.http}, grpc {ports.address}:{ports.grpc}, metrics {ports.address}:{ports.metrics}; Ctrl-C stops"
+    )

@@ -1,0 +1,226 @@
+"""Supervisor: one real tritonserver from start to a clean stop. Says when it answers, loads a dead front again, leaves nothing behind."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
+
+from trireme.core.refusal import Refusal
+from trireme.core.settings import Settings
+from trireme_tools.server_home import SHM_BYTES_PER_STUB, Ports, ServerHome, check_libraries, command, lay_out, models_of
+
+FRONT = "llm"
+_STUB_INSTANCE = 8  # place of the instance name in a stub's arguments
+_SHM = Path("/dev/shm")
+_PR_SET_PDEATHSIG = 1
+_POLL_S = 0.5
+_EXIT_S = 30.0  # a stop may take: unloading models, and the server's own exit timeout
+
+
+@dataclass
+class Supervisor:
+    """Runs the server of `repository`. `start`, `wait_ready`, then `watch` until `stop`; or `with supervisor:` for all."""
+
+    home: ServerHome
+    repository: Path
+    settings: Settings
+    backend_dir: Path
+    ports: Ports = field(default_factory=Ports)
+    log: IO | None = None  # where the server's output goes; None: this process' own
+    say: Callable[[str], None] = print
+    server: subprocess.Popen | None = field(default=None, init=False)
+    _shm_prefix: str = field(default="", init=False)
+    stopping: bool = field(default=False, init=False)
+
+    def __enter__(self) -> Supervisor:
+        try:
+            self.start()
+            self.wait_ready()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Starts the server and returns. Refusal for what would make it hang or fail later."""
+        check_libraries(self.home)
+        check_ports(self.ports)
+        check_shared_memory(len(models_of(self.repository)))
+        lay_out(self.home, self.backend_dir)
+        self._shm_prefix = f"trireme_{os.getpid()}_{time.monotonic_ns()}_"
+        argv = command(
+            self.home,
+            repository=self.repository,
+            backend_dir=self.backend_dir,
+            ports=self.ports,
+            thread_pool=thread_pool(self.settings),
+            shm_prefix=self._shm_prefix,
+        )
+        # a session of its own: Ctrl-C must reach us alone, and everything the server ever starts can be found by it
+        self.server = subprocess.Popen(
+            argv,
+            env=self.home.environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=self.log,
+            stderr=self.log and subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=_die_with_parent,
+        )
+
+    def wait_ready(self) -> bool:
+        """True when the front has answered a request of one token, False where a stop was asked first. Refusal where the
+        server ended or took too long."""
+        deadline, reason = time.monotonic() + self.settings.start_timeout_s, ""
+        while (news := self._unready()) is not None:
+            if self.stopping:
+                return False
+            if self.server is None or self.server.poll() is not None:
+                raise Refusal("the server ended while starting", why=reason or "see its output above", kind="unavailable")
+            if time.monotonic() > deadline:
+                raise Refusal(
+                    f"not ready after {self.settings.start_timeout_s:.0f} s", why=news, fix="raise --start-timeout-s", kind="unavailable"
+                )
+            if news != reason:
+                self.say(news)
+                reason = news
+            time.sleep(_POLL_S)
+        return True
+
+    def watch(self) -> int:
+        """Waits until the server ends or `stop` is called, loading the front again where its process died. The exit code."""
+        assert self.server is not None, "watch comes after start"
+        while not self.stopping and self.server.poll() is None:
+            if self._front_died():
+                self.say(f"the front ({FRONT}) died: loading it again")
+                self._reload_front()
+            time.sleep(_POLL_S)
+        return self.server.poll() or 0
+
+    def ask_stop(self) -> None:
+        """Ends `watch`; for signal handlers."""
+        self.stopping = True
+
+    def stop(self) -> int:
+        """Ends the server and sweeps what it left: processes, shared memory, run folder. Its exit code (0 where it never ran)."""
+        self.stopping = True
+        if self.server is None:
+            return 0
+        if self.server.poll() is None:
+            self.server.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.server.wait(_EXIT_S)
+        for process in self._family():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        code = self.server.wait()
+        for region in _SHM.glob(f"{self._shm_prefix}*"):
+            region.unlink(missing_ok=True)
+        shutil.rmtree(run_folder(self.server.pid), ignore_errors=True)
+        return code
+
+    def _family(self) -> list[psutil.Process]:
+        """Every process that the server started, orphans included: stubs share its session, ranks name its run folder."""
+        assert self.server is not None, "only a started server has a family"
+        folder, found = str(run_folder(self.server.pid)), []
+        for process in psutil.process_iter():
+            with contextlib.suppress(ProcessLookupError, psutil.Error):
+                named = any(f'{folder}"' in word or f"{folder}/" in word for word in process.cmdline())
+                if named or os.getsid(process.pid) == self.server.pid:
+                    found.append(process)
+        return found
+
+    def _unready(self) -> str | None:
+        """Why the front does not answer yet, or None."""
+        body = {"input_ids": [1], "max_tokens": 1, "ignore_eos": True}
+        try:
+            self._post(f"/v2/models/{FRONT}/generate", body, timeout_s=self.settings.step_timeout_s)
+        except urllib.error.HTTPError as error:
+            text = error.read().decode(errors="replace")
+            with contextlib.suppress(ValueError, KeyError):
+                text = json.loads(text)["error"]
+            if error.code == 400 and "not ready" not in text and "not found" not in text:
+                raise Refusal("the front does not answer a request of one token", why=text, kind="internal") from None
+            return text
+        except OSError:
+            return "the server is starting"
+        return None
+
+    def _front_died(self) -> bool:
+        """Whether the server believes in the front but its process is gone (a zombie has no arguments)."""
+        for process in self._family():
+            with contextlib.suppress(psutil.Error):
+                argv = process.cmdline()
+                if len(argv) > _STUB_INSTANCE and argv[_STUB_INSTANCE].startswith(f"{FRONT}_"):
+                    return False
+        with contextlib.suppress(OSError, ValueError):
+            states = {model["name"]: model.get("state") for model in self._post("/v2/repository/index", {}, timeout_s=5.0)}
+            return states.get(FRONT) == "READY"
+        return False
+
+    def _reload_front(self) -> None:
+        try:
+            for verb in ("unload", "load"):
+                self._post(f"/v2/repository/models/{FRONT}/{verb}", {}, timeout_s=self.settings.start_timeout_s)
+        except OSError as error:
+            self.say(f"loading the front failed ({error}); trying again")
+
+    def _post(self, path: str, body: dict[str, Any], timeout_s: float) -> Any:
+        request = urllib.request.Request(f"http://{self.ports.address}:{self.ports.http}{path}", json.dumps(body).encode(), method="POST")
+        with urllib.request.urlopen(request, timeout=timeout_s) as answer:
+            text = answer.read()
+        return json.loads(text) if text else None
+
+
+def thread_pool(settings: Settings) -> int:
+    """BLS calls and response sends share it: every step in flight holds a thread at every stage."""
+    return max(64, settings.inflight * settings.num_stages + 8)
+
+
+def run_folder(server_pid: int) -> Path:
+    """Sockets that the stubs of one server share."""
+    return Path(f"/tmp/trireme-{os.getuid()}/{server_pid}")
+
+
+def check_ports(ports: Ports) -> None:
+    for name in ("http", "grpc", "metrics"):
+        port = getattr(ports, name)
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((ports.address, port))
+            except OSError as error:
+                raise Refusal(f"{name} port {port} is taken", why=error.strerror or str(error), fix=f"give another --{name}-port") from None
+
+
+def check_shared_memory(num_models: int) -> None:
+    """Refusal where /dev/shm cannot hold the region of each model's stub, twice over for growth."""
+    needed, free = 2 * num_models * SHM_BYTES_PER_STUB, shutil.disk_usage(_SHM).free
+    if free < needed:
+        raise Refusal(
+            f"/dev/shm has {free >> 20} MiB free, {needed >> 20} MiB are needed",
+            why="server and models talk through it",
+            fix="give the container --shm-size=1g, or remove old files there",
+        )
+
+
+def _die_with_parent() -> None:
+    """Runs in the child before exec: a supervisor that is killed takes its server along, cleanly."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
