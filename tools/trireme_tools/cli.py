@@ -7,7 +7,7 @@ import sys
 import typer
 
 from trireme.core.refusal import Refusal
-from trireme_tools import fetch_demo, serve
+from trireme_tools import chat, fetch_demo, repo, serve
 
 
 def build() -> typer.Typer:
@@ -19,7 +19,8 @@ def build() -> typer.Typer:
         pretty_exceptions_enable=False,  # a fault of ours shows a plain traceback
     )
     app.command("fetch-demo")(fetch_demo.fetch_demo)
-    app.command()(serve.serve)
+    for verb in (serve.serve, chat.chat, repo.repo):
+        app.command()(verb)
     app.callback()(_anchor)
     return app
 

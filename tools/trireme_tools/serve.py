@@ -15,10 +15,12 @@ import typer
 from trireme.core.log import logger
 from trireme.core.refusal import Refusal
 from trireme.core.settings import Settings, make_settings, read_settings
+from trireme.serve.checks import check_checkpoint
+from trireme.serve.repository import FRONT, write_repository
 from trireme_tools.home import project_home
 from trireme_tools.server_home import Ports, find_server
 from trireme_tools.settings_options import override, settings_options
-from trireme_tools.supervisor import FRONT, Supervisor
+from trireme_tools.supervisor import Supervisor
 
 
 @settings_options
@@ -66,13 +68,11 @@ def served_repository(model_dir: Path | None, repository: Path | None, chosen: d
     else:
         settings = make_settings({"model": str(model_dir.resolve())})
     settings = override(settings, chosen)
-    check_weights(settings)
+    check_checkpoint(settings)
     if model_dir is None and not chosen:
         assert repository is not None
         yield repository, settings
         return
-    from trireme.serve.repository import write_repository
-
     with tempfile.TemporaryDirectory(prefix="trireme-serve-") as folder:
         made = Path(folder) / "model_repository"
         write_repository(settings, made)
@@ -85,15 +85,6 @@ def backend_directory() -> Path:
         return project_home() / "build" / "backends"
     except Refusal:
         return Path.home() / ".cache" / "trireme" / "backends"
-
-
-def check_weights(settings: Settings) -> None:
-    """Refusal where the checkpoint is not there, before any process starts."""
-    model = Path(settings.model)
-    weights = settings.load_format == "dummy" or any(model.glob("*.safetensors"))
-    if not (model / "config.json").exists() or not weights:
-        fix = "run `trireme fetch-demo`" if model.name == "SmolLM2-135M-Instruct" else "give a folder with config.json and *.safetensors"
-        raise Refusal(f"no checkpoint in {model}", why="config.json or *.safetensors is missing", fix=fix)
 
 
 def ready_line(supervisor: Supervisor, seconds: float) -> str:

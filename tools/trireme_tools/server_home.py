@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import trireme
 from trireme.core.refusal import Refusal
 
 _STUB = "triton_python_backend_stub"
@@ -114,8 +115,6 @@ def check_libraries(home: ServerHome) -> None:
 def lay_out(home: ServerHome, backend_dir: Path) -> Path:
     """Makes `backend_dir` the server's backend directory: python/ (library, stub, utils) and trireme/, a link to the
     package. Copies where a link would do for all but the server, which refuses a library that "escapes" its folder."""
-    import trireme
-
     python = backend_dir / "python"
     python.mkdir(parents=True, exist_ok=True)
     for name, source in {_LIBRARY: home.python_backend / _LIBRARY, _UTILS: home.python_backend / _UTILS, _STUB: home.stub}.items():

@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -22,9 +23,10 @@ import psutil
 
 from trireme.core.refusal import Refusal
 from trireme.core.settings import Settings
-from trireme_tools.server_home import SHM_BYTES_PER_STUB, Ports, ServerHome, check_libraries, command, lay_out, models_of
+from trireme.serve.checks import ServerFlags, check_server
+from trireme.serve.repository import FRONT
+from trireme_tools.server_home import Ports, ServerHome, check_libraries, command, lay_out
 
-FRONT = "llm"
 _STUB_INSTANCE = 8  # place of the instance name in a stub's arguments
 _SHM = Path("/dev/shm")
 _PR_SET_PDEATHSIG = 1
@@ -63,7 +65,6 @@ class Supervisor:
         """Starts the server and returns. Refusal for what would make it hang or fail later."""
         check_libraries(self.home)
         check_ports(self.ports)
-        check_shared_memory(len(models_of(self.repository)))
         lay_out(self.home, self.backend_dir)
         self._shm_prefix = f"trireme_{os.getpid()}_{time.monotonic_ns()}_"
         argv = command(
@@ -74,6 +75,7 @@ class Supervisor:
             thread_pool=thread_pool(self.settings),
             shm_prefix=self._shm_prefix,
         )
+        check_server(self.settings, ServerFlags.read(argv))
         # a session of its own: Ctrl-C must reach us alone, and everything the server ever starts can be found by it
         self.server = subprocess.Popen(
             argv,
@@ -195,8 +197,8 @@ def thread_pool(settings: Settings) -> int:
 
 
 def run_folder(server_pid: int) -> Path:
-    """Sockets that the stubs of one server share."""
-    return Path(f"/tmp/trireme-{os.getuid()}/{server_pid}")
+    """What the stubs of one server share (sockets): as serve/place has it, seen from outside."""
+    return Path(tempfile.gettempdir(), f"trireme-{os.getuid()}", str(server_pid))
 
 
 def check_ports(ports: Ports) -> None:
@@ -208,17 +210,6 @@ def check_ports(ports: Ports) -> None:
                 probe.bind((ports.address, port))
             except OSError as error:
                 raise Refusal(f"{name} port {port} is taken", why=error.strerror or str(error), fix=f"give another --{name}-port") from None
-
-
-def check_shared_memory(num_models: int) -> None:
-    """Refusal where /dev/shm cannot hold the region of each model's stub, twice over for growth."""
-    needed, free = 2 * num_models * SHM_BYTES_PER_STUB, shutil.disk_usage(_SHM).free
-    if free < needed:
-        raise Refusal(
-            f"/dev/shm has {free >> 20} MiB free, {needed >> 20} MiB are needed",
-            why="server and models talk through it",
-            fix="give the container --shm-size=1g, or remove old files there",
-        )
 
 
 def _die_with_parent() -> None:
