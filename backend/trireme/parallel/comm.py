@@ -1,0 +1,106 @@
+"""Comm: groups of ranks made alone, each from its own prefix of an epoch's store. No default world, so no stage ties another.
+
+Facts of gloo that this file is built on (measured, torch 2.13): `send` returns before the bytes are gone, so tensor and
+work are kept; a work says it is complete only after a wait; a blocked receive is freed by the peer's death, or by the
+peer dropping its last reference to the group and to every work of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+
+import torch
+from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
+
+HOST = "127.0.0.1"  # stages of one server share a host
+_GLANCE_S = 0.002  # between looks for the others at a meeting
+
+
+class LinkLost(RuntimeError):
+    """Another rank is gone, late, or speaks of something else. The epoch is over."""
+
+
+def host_store(timeout_s: float) -> TCPStore:
+    """A rendezvous store of this process, on a free port."""
+    return TCPStore(HOST, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
+
+
+def reach_store(address: str, timeout_s: float) -> TCPStore:
+    """Another process's store, by host:port."""
+    host, port = address.rsplit(":", 1)
+    with _lost_as(f"store {address}"):
+        return TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=timeout_s))
+
+
+def meet(store: TCPStore, epoch: int, seat: int, num_seats: int, timeout_s: float, give_up: Callable[[], bool]) -> None:
+    """Wait until every seat is taken, so that forming groups cannot block on one that never comes. LinkLost when time is
+    over or `give_up` says so."""
+    seats = [f"{epoch}/seat/{other}" for other in range(num_seats)]
+    deadline = time.monotonic() + timeout_s
+    with _lost_as(f"the meeting of epoch {epoch}"):
+        store.set(seats[seat], "taken")
+        while not store.check(seats):
+            if give_up():
+                raise LinkLost(f"epoch {epoch} was given up before all stages came")
+            if time.monotonic() > deadline:
+                missing = [other for other, name in enumerate(seats) if not store.check([name])]
+                raise LinkLost(f"epoch {epoch}: stages {missing} did not come within {timeout_s:g} s")
+            time.sleep(_GLANCE_S)
+
+
+class Expected:
+    """A tensor on its way here."""
+
+    def __init__(self, pair: Pair, work: torch.distributed.Work, tensor: torch.Tensor):
+        self._pair, self._work, self._tensor = pair, work, tensor
+
+    def wait(self) -> torch.Tensor:
+        with _lost_as(self._pair.name):
+            self._work.wait()
+        return self._tensor
+
+
+class Pair:
+    """A gloo group of two. Messages keep their order. `depth`: a send is surely received once so many more were sent."""
+
+    def __init__(self, store: TCPStore, epoch: int, name: str, side: int, timeout_s: float, depth: int):
+        self.name = f"{name} of epoch {epoch}"
+        options = ProcessGroupGloo._Options()
+        options._devices = [ProcessGroupGloo.create_device(hostname=HOST)]
+        options._timeout = timedelta(seconds=timeout_s)
+        options._threads = 1
+        with _lost_as(self.name):
+            self._group = ProcessGroupGloo(PrefixStore(f"{epoch}/{name}", store), side, 2, options)
+        self._peer = 1 - side
+        self._sent: deque[tuple[torch.distributed.Work, torch.Tensor]] = deque()
+        self._depth = depth
+
+    def send(self, tensor: torch.Tensor) -> None:
+        """Returns at once; the tensor must not change afterwards."""
+        tensor = tensor.contiguous()
+        with _lost_as(self.name):
+            self._sent.append((self._group.send([tensor], self._peer, 0), tensor))
+            if len(self._sent) > self._depth:
+                work, _ = self._sent.popleft()
+                work.wait()
+
+    def expect(self, *shape: int, dtype: torch.dtype) -> Expected:
+        """The next message, which must have this shape; returns at once."""
+        tensor = torch.empty(*shape, dtype=dtype)
+        with _lost_as(self.name):
+            return Expected(self, self._group.recv([tensor], self._peer, 0), tensor)
+
+
+@contextlib.contextmanager
+def _lost_as(name: str) -> Iterator[None]:
+    """torch's errors of a broken connection as LinkLost."""
+    try:
+        yield
+    except LinkLost:
+        raise
+    except RuntimeError as error:  # DistError and its kin are RuntimeErrors
+        raise LinkLost(f"{name}: {str(error).splitlines()[0]}") from None

@@ -1,0 +1,141 @@
+"""Link: how hidden rows go from stage to stage, and sampled tokens back to stage 0. Three forms; a runner sees one.
+
+collective   rank to rank by gloo:   stage 0 --edge_0--> stage 1 --edge_1--> stage 2 --return--> stage 0
+tensor       in the Parcel of the call and of its answer: plain BLS chaining, no tokens back
+solo         one stage: no rows; tokens go from its end to its beginning
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from trireme.core.settings import Settings
+from trireme.parallel.comm import LinkLost, Pair, meet, reach_store
+
+
+class ExpectedTokens(Protocol):
+    """Sampled tokens on their way back to stage 0."""
+
+    def wait(self) -> torch.Tensor:  # int32 [num_samples]
+        ...
+
+
+class Link(Protocol):
+    """One stage's ends for one epoch. LinkLost where another stage is gone, late or wrong."""
+
+    def receive(self, num_rows: int, carried: np.ndarray | None) -> torch.Tensor | None:
+        """Rows of the stage before, [num_rows, hidden]; None in stage 0. `carried` came with the call."""
+        ...
+
+    def send(self, rows: torch.Tensor) -> np.ndarray | None:
+        """Rows for the stage after; what is returned goes with the answer."""
+        ...
+
+    def expect_tokens(self, num_samples: int) -> ExpectedTokens:
+        """Stage 0: the tokens of a step that returns them, in step order."""
+        ...
+
+    def send_tokens(self, tokens: torch.Tensor) -> None:
+        """Last stage: int32 [num_samples], in step order."""
+        ...
+
+
+def form_link(
+    settings: Settings, stage: int, epoch: int, store: str, *, hidden: int, dtype: torch.dtype, give_up: Callable[[], bool]
+) -> Link:
+    """This stage's link of an epoch. Blocks until every stage has joined; LinkLost where they do not, or `give_up` says so."""
+    num_stages, limit_s = settings.num_stages, settings.step_timeout_s
+    if num_stages == 1:
+        return SoloLink()
+    if settings.link == "tensor":
+        return TensorLink(stage, num_stages, hidden=hidden, dtype=dtype)
+    meeting = reach_store(store, limit_s)
+    meet(meeting, epoch, stage, num_stages, limit_s, give_up)
+
+    def pair(name: str, side: int) -> Pair:
+        return Pair(meeting, epoch, name, side, limit_s, depth=settings.inflight)
+
+    # every stage forms its pairs in this order, so none waits in a circle
+    before = pair(f"edge_{stage - 1}", 1) if stage > 0 else None
+    after = pair(f"edge_{stage}", 0) if stage < num_stages - 1 else None
+    back = pair("return", 0 if stage else 1) if stage in (0, num_stages - 1) else None
+    return CollectiveLink(before, after, back, hidden=hidden, dtype=dtype)
+
+
+class CollectiveLink:
+    def __init__(self, before: Pair | None, after: Pair | None, back: Pair | None, *, hidden: int, dtype: torch.dtype):
+        self._before, self._after, self._back = before, after, back
+        self._hidden, self._dtype = hidden, dtype
+
+    def receive(self, num_rows: int, carried: np.ndarray | None) -> torch.Tensor | None:
+        return self._before.expect(num_rows, self._hidden, dtype=self._dtype).wait() if self._before else None
+
+    def send(self, rows: torch.Tensor) -> np.ndarray | None:
+        assert self._after, "the last stage sends no rows"
+        self._after.send(rows)
+
+    def expect_tokens(self, num_samples: int) -> ExpectedTokens:
+        assert self._back, "tokens come back to stage 0"
+        return self._back.expect(num_samples, dtype=torch.int32)
+
+    def send_tokens(self, tokens: torch.Tensor) -> None:
+        assert self._back, "tokens are sampled in the last stage"
+        self._back.send(tokens)
+
+
+class TensorLink:
+    def __init__(self, stage: int, num_stages: int, *, hidden: int, dtype: torch.dtype):
+        self._stage, self._num_stages = stage, num_stages
+        self._hidden, self._dtype = hidden, dtype
+
+    def receive(self, num_rows: int, carried: np.ndarray | None) -> torch.Tensor | None:
+        if self._stage == 0:
+            return None
+        rows = torch.empty(num_rows, self._hidden, dtype=self._dtype)
+        raw = rows.view(torch.uint8).view(-1).numpy()
+        if carried is None or carried.size != raw.size:
+            found = "none" if carried is None else f"{carried.size} bytes"
+            raise LinkLost(f"stage_{self._stage} needs {raw.size} bytes of rows with the call, and {found} came")
+        raw[:] = carried
+        return rows
+
+    def send(self, rows: torch.Tensor) -> np.ndarray | None:
+        return rows.contiguous().view(torch.uint8).view(-1).numpy()
+
+    def expect_tokens(self, num_samples: int) -> ExpectedTokens:
+        raise LinkLost("the tensor link brings no tokens back: the front waits for them")
+
+    def send_tokens(self, tokens: torch.Tensor) -> None:
+        raise LinkLost("the tensor link brings no tokens back: the front waits for them")
+
+
+class SoloLink:
+    def __init__(self) -> None:
+        self._expected: deque[_Here] = deque()
+
+    def receive(self, num_rows: int, carried: np.ndarray | None) -> torch.Tensor | None:
+        return None
+
+    def send(self, rows: torch.Tensor) -> np.ndarray | None:
+        raise AssertionError("the only stage sends no rows")
+
+    def expect_tokens(self, num_samples: int) -> ExpectedTokens:
+        self._expected.append(_Here())
+        return self._expected[-1]
+
+    def send_tokens(self, tokens: torch.Tensor) -> None:
+        self._expected.popleft().tokens = tokens
+
+
+class _Here:
+    """Tokens that need no way."""
+
+    tokens: torch.Tensor
+
+    def wait(self) -> torch.Tensor:
+        return self.tokens

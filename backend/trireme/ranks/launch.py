@@ -1,0 +1,94 @@
+"""Launch: how a leader starts its ranks. Local processes here; other launchers (actors on other hosts) have the same two classes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from trireme.core.refusal import Refusal
+from trireme.core.settings import Settings
+
+
+class Brief(msgspec.Struct, frozen=True, kw_only=True):
+    """All that a rank is told when it starts: one JSON argument of its command line."""
+
+    stage: int
+    rank: int
+    life: int  # how often this rank was started, from 1
+    leader: int  # process id that the rank must not outlive
+    run_dir: str
+    settings: Settings
+
+
+class RankProcess(Protocol):
+    """A started rank."""
+
+    pid: int
+
+    def exit_code(self) -> int | None:
+        """None while it runs."""
+        ...
+
+    def kill(self) -> None:
+        """End it at once and wait until it is gone."""
+        ...
+
+
+class Launcher(Protocol):
+    """Called from the leader's thread, which lives as long as the leader."""
+
+    def launch(self, brief: Brief) -> RankProcess: ...
+
+
+class LocalLauncher:
+    """Ranks as child processes on this host, `python -m trireme.ranks.worker`.
+
+    They run under $TRIREME_PYTHON or else this interpreter. A rank ties its life to the thread that started it
+    (PR_SET_PDEATHSIG, set by the worker itself: a hook between fork and exec is not safe in a process with threads).
+    """
+
+    def launch(self, brief: Brief) -> RankProcess:
+        python = os.environ.get("TRIREME_PYTHON") or sys.executable
+        if not python:
+            raise Refusal("no Python to run ranks with", why="this process embeds its interpreter", fix="set TRIREME_PYTHON")
+        threads = str(brief.settings.threads(brief.settings.num_stages * brief.settings.tensor_parallel_size))
+        environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        if roots := _import_roots():
+            environment["PYTHONPATH"] = os.pathsep.join([*roots, *filter(None, [os.environ.get("PYTHONPATH")])])
+        command = [python, "-m", "trireme.ranks.worker", msgspec.json.encode(brief).decode()]
+        try:
+            process = subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=2,  # the server's log is its stderr
+                start_new_session=True,  # Ctrl-C in a terminal is for the leader, which then ends its ranks
+            )
+        except OSError as error:
+            raise Refusal(f"{python} does not start", why=str(error), fix="set TRIREME_PYTHON to a Python that has torch") from None
+        return _LocalProcess(process)
+
+
+class _LocalProcess:
+    def __init__(self, process: subprocess.Popen):
+        self._process = process
+        self.pid = process.pid
+
+    def exit_code(self) -> int | None:
+        return self._process.poll()
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+def _import_roots() -> list[str]:
+    """The folders `backend` and `kernels` of a source tree; none where the wheel is installed (then the rank's Python has it too)."""
+    backend = Path(__file__).resolve().parents[2]
+    kernels = backend.parent / "kernels"
+    return [str(backend), str(kernels)] if kernels.is_dir() else []

@@ -1,0 +1,76 @@
+"""Logprobs of tokens among their alternatives, from raw logits: what users read, not what sampling uses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from trireme.core.request import Logprobs
+from trireme.core.step import Open, PromptLogprobs, array
+from trireme.ranks.rows import Rows
+
+_CHUNK = 64  # rows at once: bounds the copy of a log-softmax to chunk * vocabulary * 4 bytes
+
+
+def describe(logits: torch.Tensor, tokens: torch.Tensor, num_top: np.ndarray) -> list[Logprobs]:
+    """`logits`: fp32 [n, V]; `tokens`: int64 [n]; `num_top`: int [n], alternatives to list in each row."""
+    described: list[Logprobs] = []
+    for start in range(0, len(tokens), _CHUNK):
+        rows = slice(start, start + _CHUNK)
+        described += _describe(logits[rows].log_softmax(-1), tokens[rows], num_top[rows])
+    return described
+
+
+def _describe(values: torch.Tensor, tokens: torch.Tensor, num_top: np.ndarray) -> list[Logprobs]:
+    chosen = values.gather(1, tokens[:, None])  # [n, 1]
+    ranks = (values > chosen).sum(-1) + 1
+    top = values.topk(int(num_top.max()), dim=-1)
+    columns = (tokens.tolist(), chosen[:, 0].tolist(), ranks.tolist(), top.indices.tolist(), top.values.tolist(), num_top.tolist())
+    return [
+        Logprobs(token, value, rank, ids[:wanted], id_values[:wanted])
+        for token, value, rank, ids, id_values, wanted in zip(*columns, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Rows of one step whose logits tell the logprobs of prompt tokens."""
+
+    slot: int
+    start: int  # position of the first row; it tells of token start + 1
+    rows: np.ndarray  # int64 [r]
+    tokens: torch.Tensor  # int64 [r]: the prompt's own next tokens
+    num_top: int
+
+    def describe(self, logits: torch.Tensor) -> PromptLogprobs:  # fp32 [r, V]
+        return PromptLogprobs(self.slot, self.start, describe(logits, self.tokens, np.full(len(self.tokens), self.num_top)))
+
+
+class Prompts:
+    """Prompts of the slots whose sequences asked for prompt logprobs."""
+
+    def __init__(self) -> None:
+        self._asked: dict[int, tuple[np.ndarray, int]] = {}  # prompt int64 [prompt_len], alternatives to list
+
+    def clear(self) -> None:
+        self._asked.clear()
+
+    def open(self, opened: Open) -> None:
+        self._asked.pop(opened.slot, None)
+        if opened.sampling.prompt_logprobs is not None:
+            self._asked[opened.slot] = (array(opened.history)[: opened.prompt_len].astype(np.int64), opened.sampling.prompt_logprobs)
+
+    def stretches(self, rows: Rows) -> list[Stretch]:
+        """What a step tells of them: all of its rows but that of a prompt's last token, and none of outputs."""
+        if not self._asked:
+            return []
+        found: list[Stretch] = []
+        for item in np.flatnonzero(np.isin(rows.slots, list(self._asked))):
+            slot, start = int(rows.slots[item]), int(rows.starts[item])
+            prompt, num_top = self._asked[slot]
+            tokens = torch.from_numpy(prompt[start + 1 : rows.ends[item] + 1])
+            if len(tokens):
+                found.append(Stretch(slot, start, rows.firsts[item] + np.arange(len(tokens)), tokens, num_top))
+        return found

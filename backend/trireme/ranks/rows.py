@@ -1,0 +1,49 @@
+"""Rows: a Step laid out row by row, with the page tables of its slots. Numpy only; the runner makes tensors of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from trireme.core.step import PAGE, Step, array
+
+
+@dataclass(frozen=True)
+class Rows:
+    """T rows of I items, item after item."""
+
+    slots: np.ndarray  # int32 [I]
+    starts: np.ndarray  # int32 [I]: position of an item's first row
+    counts: np.ndarray  # int32 [I]
+    firsts: np.ndarray  # int64 [I]: an item's first row
+    sampled: np.ndarray  # int64 [S]: items whose last row is sampled
+    tokens: np.ndarray  # int64 [T]: FED where the token is not in the Step
+    positions: np.ndarray  # int64 [T]
+    pages: np.ndarray  # int64 [T]: page * PAGE + offset
+
+    @property
+    def ends(self) -> np.ndarray:  # int32 [I]: position after an item's last row = keys it sees
+        return self.starts + self.counts
+
+    @property
+    def sampled_rows(self) -> np.ndarray:  # int64 [S]
+        return self.firsts[self.sampled] + self.counts[self.sampled] - 1
+
+
+def lay_out(step: Step, page_table: np.ndarray) -> Rows:
+    """Rows of a step. `page_table`: int32 [max_num_seqs, pages of a sequence], with the step's own writes in it."""
+    slots, starts, counts = array(step.slots), array(step.starts), array(step.counts)
+    firsts = np.cumsum(counts, dtype=np.int64) - counts
+    positions = np.arange(step.num_rows) + np.repeat(starts - firsts, counts)
+    pages = page_table[np.repeat(slots, counts), positions // PAGE].astype(np.int64)
+    return Rows(
+        slots=slots,
+        starts=starts,
+        counts=counts,
+        firsts=firsts,
+        sampled=np.flatnonzero(array(step.samples)),
+        tokens=array(step.tokens).astype(np.int64),
+        positions=positions,
+        pages=pages * PAGE + positions % PAGE,
+    )

@@ -1,0 +1,188 @@
+"""Runner: Step -> Batch -> Decoder -> tokens, for one rank. Owns the caches, the page tables and the sampler rows; decides nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import torch
+from trireme_kernels.choose import Choices
+
+from trireme.core.batch import Batch
+from trireme.core.log import logger
+from trireme.core.refusal import Refusal
+from trireme.core.settings import Settings
+from trireme.core.step import PAGE, Clock, Outcome, PromptLogprobs, Step, array
+from trireme.layers.block import Build
+from trireme.models.decoder import Decoder
+from trireme.models.registry import build_stage
+from trireme.models.spec import read_spec
+from trireme.parallel.link import Link
+from trireme.parallel.plan import Plan
+from trireme.ranks.fed import FedTokens
+from trireme.ranks.logprobs import Prompts, Stretch
+from trireme.ranks.rows import Rows, lay_out
+from trireme.ranks.sampler import Sampler
+from trireme.weights.load import fill_dummy, load
+
+
+def load_runner(settings: Settings, stage: int, progress: Callable[[str], None]) -> Runner:
+    """A rank's part of the model, ready to run. `progress` gets clauses for a user. Refusal where it cannot be loaded."""
+    torch.set_num_threads(settings.threads(settings.num_stages * settings.tensor_parallel_size))
+    model_dir = Path(settings.model)
+    spec = read_spec(model_dir)
+    plan = Plan.of(settings, spec)
+    device = torch.device("cpu")
+    dtype = torch.float32 if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    choices = Choices(device.type, dtype)
+    progress("is building the model")
+    decoder = build_stage(Build(spec, plan, stage, device, dtype, choices))
+    if settings.load_format == "dummy":
+        fill_dummy(decoder, seed=0)
+    else:
+        progress("is loading weights")
+        load(decoder, spec, plan, stage, model_dir, progress)
+    runner = Runner(
+        decoder,
+        settings,
+        stage,
+        device=device,
+        dtype=dtype,
+        hidden=spec.hidden,
+        vocab_size=spec.vocab_size,
+        max_model_len=settings.max_model_len or spec.max_position_embeddings,
+        choices=choices,
+    )
+    logger(f"stage_{stage}").info("implementations chosen:\n%s", choices.table())
+    return runner
+
+
+class Runner:
+    """One rank's computing. `begin` a link, `run` steps in order, `leave`."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        settings: Settings,
+        stage: int,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        hidden: int,
+        vocab_size: int,
+        max_model_len: int,
+        choices: Choices,
+    ):
+        self.hidden, self.dtype = hidden, dtype
+        self._decoder, self._settings, self._stage, self._device = decoder, settings, stage, device
+        self._is_first, self._is_last = stage == 0, stage == settings.num_stages - 1
+        self.num_pages = settings.num_pages or self._num_pages_of_bytes()
+        self._caches = [keep.allocate(self.num_pages, device) for keep in decoder.keeps]
+        self._page_table = np.zeros((settings.max_num_seqs, -(-max_model_len // PAGE)), dtype=np.int32)
+        self._sampler = Sampler(settings.max_num_seqs, vocab_size, device, choices("sample"), choices("penalise"))
+        self._prompts = Prompts()
+        self._link: Link | None = None
+        self._fed = FedTokens(settings.max_num_seqs, settings.inflight)
+
+    def begin(self, link: Link) -> None:
+        """A new epoch: nothing is known of any sequence. Caches need no wiping, since no page is read before it is written."""
+        self._link = link
+        self._fed = FedTokens(self._settings.max_num_seqs, self._settings.inflight)
+        self._sampler.clear()
+        self._prompts.clear()
+
+    def leave(self) -> None:
+        """Drop the link, and everything on its way over it: only then are the other ends freed."""
+        self._link = None
+        self._fed = FedTokens(self._settings.max_num_seqs, self._settings.inflight)
+
+    @torch.inference_mode()
+    def run(self, step: Step, carried: np.ndarray | None, waited_s: float) -> tuple[Outcome, np.ndarray | None]:
+        """`carried`: rows that came with the call (tensor link). -> outcome, rows that go with the answer (tensor link)."""
+        assert self._link, "a step runs in an epoch"
+        began, start = time.time(), time.perf_counter()
+        rows = self._read(step)
+        ready = time.perf_counter()
+        received = self._receive(step, rows, carried)
+        receiving_s = time.perf_counter() - ready
+
+        stretches = self._prompts.stretches(rows)
+        head_rows = np.concatenate([rows.sampled_rows, *(stretch.rows for stretch in stretches)])
+        result = self._decoder.forward(self._batch(rows, head_rows), received)
+        carries, outcome = None, Outcome(step.epoch, step.number, self._stage)
+        if self._is_last:
+            outcome = self._finish(step, rows, stretches, result)
+        else:
+            carries = self._link.send(result)
+        clock = Clock(began, waited_s, receiving_s, time.perf_counter() - start - receiving_s)
+        return msgspec.structs.replace(outcome, clock=clock), carries
+
+    def _read(self, step: Step) -> Rows:
+        """What the step changes, then its rows."""
+        writes = array(step.page_writes).reshape(-1, 3)
+        self._page_table[writes[:, 0], writes[:, 1]] = writes[:, 2]
+        if self._is_last:
+            for opened in step.opens:
+                self._sampler.open(opened)
+                self._prompts.open(opened)
+        return lay_out(step, self._page_table)
+
+    def _receive(self, step: Step, rows: Rows, carried: np.ndarray | None) -> torch.Tensor | None:
+        """All that comes from other stages: rows, or in stage 0 the tokens fed back."""
+        if self._is_first:
+            self._fed.fill(rows.tokens, np.repeat(rows.slots, rows.counts))
+            if step.returns and len(rows.sampled):
+                self._fed.owe(step.number, rows.slots[rows.sampled], self._link.expect_tokens(len(rows.sampled)))
+        return self._link.receive(step.num_rows, carried)
+
+    def _batch(self, rows: Rows, head_rows: np.ndarray) -> Batch:
+        ends = rows.ends
+        page_table = self._page_table[rows.slots, : -(-int(ends.max()) // PAGE)]
+        return Batch(
+            num_rows=len(rows.positions),
+            tokens=self._tensor(rows.tokens),
+            positions=self._tensor(rows.positions),
+            pages=self._tensor(rows.pages),
+            attention=self._decoder.plan_attention(rows.counts, ends, page_table),
+            caches=self._caches,
+            head_rows=self._tensor(head_rows),
+        )
+
+    def _finish(self, step: Step, rows: Rows, stretches: list[Stretch], logits: torch.Tensor) -> Outcome:
+        """The last stage's part: sample, send tokens back first of all, then say what was asked of logprobs."""
+        num_samples = len(rows.sampled)
+        if not num_samples and not stretches:
+            return Outcome(step.epoch, step.number, self._stage)
+        sampled = self._sampler.sample(logits[:num_samples], rows.slots[rows.sampled], rows.ends[rows.sampled], self._bans(step, rows))
+        tokens = sampled.tokens.to("cpu", torch.int32)
+        if step.returns and num_samples:
+            self._link.send_tokens(tokens)
+        told: list[PromptLogprobs] = []
+        at = num_samples
+        for stretch in stretches:
+            told.append(stretch.describe(logits[at : at + len(stretch.rows)]))
+            at += len(stretch.rows)
+        return Outcome(
+            step.epoch, step.number, self._stage, tokens=tokens.numpy().tobytes(), logprobs=sampled.logprobs(), prompt_logprobs=told
+        )
+
+    def _bans(self, step: Step, rows: Rows) -> list[tuple[int, list[int]]]:
+        """A step names items; the sampler names sampled rows."""
+        return [(int(np.searchsorted(rows.sampled, item)), ids) for item, ids in step.bans]
+
+    def _tensor(self, values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values).to(self._device)
+
+    def _num_pages_of_bytes(self) -> int:
+        page_bytes = sum(keep.bytes_per_page for keep in self._decoder.keeps)
+        num_pages = self._settings.kv_cache_memory_bytes // page_bytes
+        if not num_pages:
+            raise Refusal(
+                f"kv_cache_memory_bytes={self._settings.kv_cache_memory_bytes} holds no page",
+                why=f"a page of {PAGE} tokens takes {page_bytes} bytes in stage_{self._stage}",
+                fix="raise kv_cache_memory_bytes",
+            )
+        return num_pages
