@@ -43,12 +43,8 @@ class Client:
         except InferenceServerException as error:
             raise Refusal(f"{self._model} refused", why=error.message()) from None
         except AioRpcError as error:
-            raise Refusal(
-                f"no answer from {self._url}",
-                why=error.details() or "",
-                fix="is a server up? `trireme serve` starts one",
-                kind="unavailable",
-            ) from None
+            fix = "is a server up? `trireme serve` starts one"
+            raise Refusal(f"no answer from {self._url}", why=error.details() or "", fix=fix, kind="unavailable") from None
         finally:
             responses.cancel()
 

@@ -62,21 +62,26 @@ def serve(
 @contextlib.contextmanager
 def served_repository(model_dir: Path | None, repository: Path | None, chosen: dict[str, Any]) -> Iterator[tuple[Path, Settings]]:
     """The repository to serve and its settings: as it lies, or one made for `model_dir` and `chosen` and removed at the end."""
-    if model_dir is None:
-        repository = (repository or project_home() / "model_repository").resolve()
-        settings = read_settings(repository / FRONT / "1" / "model.json")
-    else:
-        settings = make_settings({"model": str(model_dir.resolve())})
-    settings = override(settings, chosen)
-    check_checkpoint(settings)
-    if model_dir is None and not chosen:
-        assert repository is not None
+    repository = (repository or project_home() / "model_repository").resolve() if model_dir is None else None
+    settings = settings_of(model_dir, chosen, repository)
+    if repository and not chosen:
         yield repository, settings
         return
     with tempfile.TemporaryDirectory(prefix="trireme-serve-") as folder:
         made = Path(folder) / "model_repository"
         write_repository(settings, made)
         yield made, settings
+
+
+def settings_of(model_dir: Path | None, chosen: dict[str, Any], repository: Path | None = None) -> Settings:
+    """Of a checkpoint, else of a repository (the project's where None), with what the user chose. Refusal without weights."""
+    if model_dir is not None:
+        settings = make_settings({"model": str(model_dir.resolve())})
+    else:
+        settings = read_settings((repository or project_home() / "model_repository") / FRONT / "1" / "model.json")
+    settings = override(settings, chosen)
+    check_checkpoint(settings)
+    return settings
 
 
 def backend_directory() -> Path:

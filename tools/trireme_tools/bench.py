@@ -1,0 +1,115 @@
+"""`trireme bench`: load on a running server, or the engine alone (--offline), beside transformers where asked. JSON and a plot."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from trireme.core.refusal import Refusal
+from trireme_tools.load import drive, summary
+from trireme_tools.settings_options import settings_options
+from trireme_tools.workload import Ask, arrivals, make_workload, seqs256
+
+
+@settings_options
+def bench(
+    *,
+    model: Annotated[Path | None, typer.Option(help="Checkpoint (default: the project's).")] = None,
+    url: Annotated[str, typer.Option(help="gRPC address of the running server.")] = "127.0.0.1:8001",
+    offline: Annotated[bool, typer.Option(help="No server: the engine in this process.")] = False,
+    workload: Annotated[Literal["lengths", "seqs256"], typer.Option(help="seqs256: 256 prompts, in and out 100-1024.")] = "lengths",
+    requests: Annotated[int, typer.Option(help="How many requests.")] = 32,
+    input_len: Annotated[str, typer.Option(help="Prompt tokens, as 64 or 32-128.")] = "64",
+    output_len: Annotated[str, typer.Option(help="Output tokens, as 64 or 32-128.")] = "64",
+    concurrency: Annotated[int, typer.Option(help="Requests at once; also the peer's batch size.")] = 8,
+    rate: Annotated[float | None, typer.Option(help="Requests a second (Poisson), in place of --concurrency.")] = None,
+    peer: Annotated[Literal["transformers"] | None, typer.Option(help="Measure it on the same prompts, after ours.")] = None,
+    seed: int = 0,
+    output: Annotated[Path, typer.Option(help="Where to write NAME.json and NAME.png.")] = Path("build/bench/bench"),
+    chosen: dict[str, Any],
+) -> None:
+    """Measure time to first token, inter-token latency and throughput."""
+    from trireme_tools.serve import settings_of
+
+    settings, console = settings_of(model, chosen), Console(stderr=True)
+    asks = _asks(workload, requests, input_len, output_len, _vocab_size(settings.model), seed)
+    report: dict[str, Any] = {"machine": _machine(), "workload": _describe(asks)}
+    with _progress(console, "trireme", len(asks)) as tick:
+        if offline:
+            from trireme_tools.offline import measure
+
+            records, seconds = measure(settings, asks, concurrency, tick)
+        else:
+            records, seconds = drive(url, asks, arrivals(len(asks), rate, seed), None if rate else concurrency, tick)
+    report["trireme"] = summary(records, seconds)
+    report["failures"] = sorted({record.error for record in records if record.error})
+    if peer:
+        from trireme_tools.peer import generate_batches
+
+        with _progress(console, peer, len(asks)) as tick:
+            report[peer] = generate_batches(settings.model, asks, concurrency, tick)
+        report["speedup"] = report["trireme"]["output_tokens_per_s"] / report[peer]["output_tokens_per_s"]
+    _save(output, report, records)
+    _show(Console(), report, output)
+    if report["failures"]:
+        raise Refusal(f"{report['trireme']['failed']} requests failed", why=report["failures"][0], kind="internal")
+
+
+def _asks(workload: str, requests: int, input_len: str, output_len: str, vocab_size: int, seed: int) -> list[Ask]:
+    return seqs256(vocab_size) if workload == "seqs256" else make_workload(requests, input_len, output_len, vocab_size, seed)
+
+
+def _describe(asks: list[Ask]) -> dict[str, int]:
+    return {
+        "requests": len(asks),
+        "input_tokens": sum(len(ask.prompt) for ask in asks),
+        "output_tokens": sum(ask.num_output for ask in asks),
+    }
+
+
+def _vocab_size(model: str) -> int:
+    return json.loads((Path(model) / "config.json").read_text())["vocab_size"]
+
+
+def _machine() -> dict[str, Any]:
+    return {"cores": len(os.sched_getaffinity(0)), "processor": platform.machine(), "when": time.strftime("%Y-%m-%d %H:%M")}
+
+
+@contextmanager
+def _progress(console: Console, name: str, total: int) -> Iterator[Callable[[int], None]]:
+    with Progress(TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console) as progress:
+        task = progress.add_task(name, total=total)
+        yield lambda count: progress.advance(task, count)
+
+
+def _save(output: Path, report: dict[str, Any], records: list) -> None:
+    from trireme_tools.plots import plot_load
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
+    plot_load(records, report, output.with_suffix(".png"))
+
+
+def _show(console: Console, report: dict[str, Any], output: Path) -> None:
+    ours = report["trireme"]
+    table = Table("", "mean", "p50", "p90", "p99", title=f"{ours['requests']} requests in {ours['seconds']:.1f} s, {ours['failed']} failed")
+    for name, title in (("ttft_ms", "time to first token, ms"), ("itl_ms", "inter-token latency, ms"), ("e2e_ms", "whole request, ms")):
+        table.add_row(title, *(f"{value:.1f}" for value in ours[name].values()))
+    console.print(table)
+    rates = [f"{ours[f'{name}_per_s']:.2f} {name.replace('_', ' ')}/s" for name in ("output_tokens", "total_tokens", "requests")]
+    console.print(f"trireme: {', '.join(rates)}")
+    if "speedup" in report:
+        peer, rate = report["transformers"], report["transformers"]["output_tokens_per_s"]
+        console.print(f"transformers, batches of {peer['batch_size']}: {rate:.2f} output tokens/s (ratio {report['speedup']:.2f})")
+    console.print(f"written: {output.with_suffix('.json')}, {output.with_suffix('.png')}")

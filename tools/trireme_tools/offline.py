@@ -1,0 +1,91 @@
+"""Offline: the engine, its ranks and links in this process' care, without a server. Used by `generate`, `bench --offline` and `trace`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import msgspec
+
+from trireme.core.request import Emission, Request, Sampling
+from trireme.core.settings import Settings
+from trireme.engine.engine import Engine
+from trireme.models.spec import read_spec
+from trireme.ranks.local import LocalStages
+from trireme_tools.load import Record
+from trireme_tools.workload import Ask
+
+
+@contextlib.contextmanager
+def running(settings: Settings) -> Iterator[Engine]:
+    """An engine whose stages are ready. Refusal where they do not get ready. Nothing is left at the end."""
+    max_model_len = settings.max_model_len or read_spec(Path(settings.model)).max_position_embeddings
+    stages = LocalStages(settings, Path(tempfile.gettempdir(), f"trireme-{os.getuid()}", str(os.getpid())))
+    engine = Engine(settings, max_model_len=max_model_len, stages=stages)
+    stages.start()
+    engine.start()
+    try:
+        engine.wait_ready(settings.start_timeout_s)
+        yield engine
+    finally:
+        engine.stop()
+        stages.stop()
+
+
+def generate(settings: Settings, requests: Sequence[Request]) -> list[list[int]]:
+    """Output tokens of each request, in their order. An error of any is raised."""
+    settings = msgspec.structs.replace(settings, max_queue_size=max(settings.max_queue_size, len(requests)))
+    outputs: dict[str, list[int]] = {request.id: [] for request in requests}
+    errors: list[Exception] = []
+    done = threading.Semaphore(0)
+
+    def listen(emission: Emission) -> None:
+        outputs[emission.request_id] += emission.tokens
+        if emission.finish_reason is not None:
+            errors.extend([emission.error] if emission.error else [])
+            done.release()
+
+    with running(settings) as engine:
+        for request in requests:
+            engine.submit(request, listen)
+        for _ in requests:
+            done.acquire()
+    if errors:
+        raise errors[0]
+    return [outputs[request.id] for request in requests]
+
+
+def measure(settings: Settings, workload: Sequence[Ask], concurrency: int, progress: Callable[[int], None]) -> tuple[list[Record], float]:
+    """(records, seconds in all), at most `concurrency` requests at once, after a short request that is not counted."""
+    settings = msgspec.structs.replace(settings, max_queue_size=max(settings.max_queue_size, len(workload)))
+    with running(settings) as engine:
+        _drive(engine, [Ask((3, 4, 5, 6), 8)], 1, lambda count: None)
+        return _drive(engine, workload, concurrency, progress)
+
+
+def _drive(engine: Engine, workload: Sequence[Ask], concurrency: int, progress: Callable[[int], None]) -> tuple[list[Record], float]:
+    began, gate = time.perf_counter(), threading.Semaphore(concurrency)
+    records = {}
+
+    def listen(emission: Emission) -> None:
+        record = records[emission.request_id]
+        record.arrivals += [time.perf_counter() - began] * len(emission.tokens)
+        if emission.finish_reason is not None:
+            record.error = str(emission.error or "")
+            gate.release()
+            progress(1)
+
+    for i, ask in enumerate(workload):
+        gate.acquire()
+        name = f"{began}-{i}"
+        records[name] = Record(len(ask.prompt), time.perf_counter() - began)
+        sampling = Sampling(max_tokens=ask.num_output, temperature=0.0)
+        engine.submit(Request(id=name, prompt=list(ask.prompt), sampling=sampling), listen)
+    for _ in range(concurrency):
+        gate.acquire()
+    return list(records.values()), time.perf_counter() - began

@@ -1,0 +1,68 @@
+"""Pictures: a load as the client saw it, and a pipeline's steps as bars. Reads nothing, measures nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from trireme_tools.load import Record
+from trireme_tools.timeline import Bar
+
+_INK, _ACCENT, _PALE = "#22313f", "#2a7ab9", "#d9e2ec"
+
+
+def plot_load(records: Sequence[Record], report: dict[str, Any], path: Path) -> None:
+    """Latency distributions, and output tokens a second over the run."""
+    good = [record for record in records if not record.error]
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    first, gaps, rate = figure.subplots(1, 3)
+    for axes, values, title in (
+        (first, [record.first_token_s for record in good], "time to first token"),
+        (gaps, np.concatenate([record.gaps_s for record in good]) if good else [], "inter-token latency"),
+    ):
+        _distribution(axes, np.sort(np.asarray(values)) * 1e3, title)
+    arrivals = np.sort(np.concatenate([record.arrivals for record in good])) if good else np.zeros(0)
+    edges = np.linspace(0, max(report["trireme"]["seconds"], 1e-9), 61)
+    rate.stairs(np.histogram(arrivals, edges)[0] / np.diff(edges), edges, fill=True, color=_PALE, edgecolor=_ACCENT)
+    mean = report["trireme"]["output_tokens_per_s"]
+    rate.axhline(mean, color=_ACCENT, label=f"trireme {mean:.1f} tok/s")
+    if "transformers" in report:
+        peer = report["transformers"]["output_tokens_per_s"]
+        rate.axhline(peer, color=_INK, linestyle="--", label=f"transformers {peer:.1f} tok/s")
+    rate.set(title="output tokens a second", xlabel="seconds", ylim=(0, None))
+    rate.legend(loc="lower right", fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def _distribution(axes: Any, values: np.ndarray, title: str) -> None:
+    """Share of values below x, with p50 and p99 marked."""
+    axes.set(title=title, xlabel="ms", ylabel="share", ylim=(0, 1.02))
+    if len(values):
+        axes.plot(values, np.linspace(0, 1, len(values)), color=_ACCENT)
+        for p in (50, 99):
+            at = np.percentile(values, p)
+            axes.axvline(at, color=_INK, linewidth=0.7, linestyle=":")
+            axes.annotate(f"p{p} {at:.1f}", (at, p / 100), textcoords="offset points", xytext=(4, -10), fontsize=8)
+
+
+def plot_pipeline(bars: Sequence[Bar], path: Path, title: str) -> None:
+    """Stages as rows, steps as bars of one colour per step, receiving hatched; what stays white is a bubble."""
+    began = min(bar.began for bar in bars)
+    stages = sorted({bar.stage for bar in bars})
+    figure = Figure(figsize=(14, 1.2 + 0.9 * len(stages)), layout="constrained")
+    axes = figure.subplots()
+    colours = matplotlib.colormaps["tab20"]
+    for bar in bars:
+        left, colour = (bar.began - began) * 1e3, colours(bar.number % 20)
+        axes.barh(bar.stage, bar.receiving * 1e3, left=left, height=0.7, facecolor="none", edgecolor=colour, hatch="////", linewidth=0.5)
+        axes.barh(bar.stage, bar.busy * 1e3, left=left + bar.receiving * 1e3, height=0.7, color=colour, edgecolor="white", linewidth=0.3)
+        if len(bars) <= 80:
+            axes.text(left + (bar.receiving + bar.busy / 2) * 1e3, bar.stage, str(bar.number), ha="center", va="center", fontsize=7)
+    axes.set(title=title, xlabel="ms", yticks=stages, yticklabels=[f"stage {stage}" for stage in stages])
+    axes.invert_yaxis()
+    figure.savefig(path, dpi=120)
