@@ -46,11 +46,14 @@ class Launcher(Protocol):
 
 
 class LocalLauncher:
-    """Ranks as child processes on this host, `python -m trireme.ranks.worker`.
+    """Ranks as child processes on this host, `python -m MODULE BRIEF`.
 
     They run under $TRIREME_PYTHON or else this interpreter. A rank ties its life to the thread that started it
     (PR_SET_PDEATHSIG, set by the worker itself: a hook between fork and exec is not safe in a process with threads).
     """
+
+    def __init__(self, module: str = "trireme.ranks.worker"):
+        self._module = module
 
     def launch(self, brief: Brief) -> RankProcess:
         python = os.environ.get("TRIREME_PYTHON") or sys.executable
@@ -60,7 +63,7 @@ class LocalLauncher:
         environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
         if roots := _import_roots():
             environment["PYTHONPATH"] = os.pathsep.join([*roots, *filter(None, [os.environ.get("PYTHONPATH")])])
-        command = [python, "-m", "trireme.ranks.worker", msgspec.json.encode(brief).decode()]
+        command = [python, "-m", self._module, msgspec.json.encode(brief).decode()]
         try:
             process = subprocess.Popen(
                 command,

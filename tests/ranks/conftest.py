@@ -1,0 +1,86 @@
+"""Leaders with fake ranks, and a check that they leave nothing behind."""
+
+import queue
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from trireme.core.control import Join, Joined, Parcel, Status, open_answer, pack_ask, seal_step
+from trireme.core.settings import make_settings
+from trireme.core.step import Step, first_checksum, ints, pack_step
+from trireme.ranks.launch import LocalLauncher
+from trireme.ranks.leader import Leader
+
+
+@pytest.fixture
+def run_dir():
+    folder = Path(tempfile.mkdtemp(prefix="trireme-test-", dir="/tmp"))  # pytest's own are too long for sockets
+    yield folder
+    assert not list(folder.iterdir()), "sockets were left"
+    shutil.rmtree(folder)
+
+
+class Front:
+    """Posts to one leader as a front would, and keeps the answers in the order they came."""
+
+    def __init__(self, leader: Leader):
+        self.leader = leader
+        self.answers: queue.Queue = queue.Queue()
+        self.rows: list = []
+        self.epoch = 0
+
+    def post(self, packed: bytes, rows=None) -> None:
+        self.leader.post(Parcel(packed, rows), self._done)
+
+    def _done(self, parcel: Parcel) -> None:
+        self.rows.append(parcel.rows)
+        self.answers.put(open_answer(parcel.packed))
+
+    def ask(self, ask):
+        self.post(pack_ask(ask))
+        return self.take()
+
+    def take(self, timeout: float = 20.0):
+        return self.answers.get(timeout=timeout)
+
+    def await_state(self, state: str, timeout: float = 20.0):
+        deadline = time.monotonic() + timeout
+        while (found := self.ask(Status())).state != state:
+            assert time.monotonic() < deadline, found
+            time.sleep(0.02)
+        return found
+
+    def join(self) -> None:
+        self.epoch += 1
+        assert self.ask(Join(self.epoch)) == Joined(self.epoch)
+
+    def steps(self, *firsts: int) -> list[bytes]:
+        """Sealed steps 0, 1, ... of this epoch, one row each."""
+        sealed, checksum = [], first_checksum(self.epoch)
+        for number, first in enumerate(firsts):
+            step = Step(self.epoch, number, ints([0]), ints([number]), ints([1]), ints([1]), ints([first]))
+            packed, checksum = pack_step(step, checksum)
+            sealed.append(seal_step(packed))
+        return sealed
+
+
+@pytest.fixture
+def lead(run_dir, monkeypatch):
+    """lead(**settings) -> a Front at a started leader of fake ranks."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    fronts: list[Front] = []
+
+    def start(model: str = "echo", **settings) -> Front:
+        leader = Leader(make_settings({"model": model, **settings}), 0, run_dir, LocalLauncher("ranks.fake_rank"))
+        leader.start()
+        fronts.append(Front(leader))
+        return fronts[-1]
+
+    yield start
+    for front in fronts:
+        front.leader.stop()
+    assert not [child for child in psutil.Process().children() if "fake_rank" in " ".join(child.cmdline())]

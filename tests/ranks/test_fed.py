@@ -1,0 +1,55 @@
+"""Tokens fed back: taken in step order, as late as possible, never one that nobody needs."""
+
+import numpy as np
+import pytest
+import torch
+
+from trireme.core.step import FED
+from trireme.ranks.fed import FedTokens
+
+
+class Return:
+    def __init__(self, log: list[int], *tokens: int):
+        self.log, self.tokens = log, tokens
+
+    def wait(self) -> torch.Tensor:
+        self.log.append(self.tokens[0])
+        return torch.tensor(self.tokens, dtype=torch.int32)
+
+
+def filled(fed: FedTokens, tokens: list[int], slots: list[int]) -> list[int]:
+    values = np.array(tokens)
+    fed.fill(values, np.array(slots))
+    return values.tolist()
+
+
+def test_returns_are_taken_up_to_the_one_needed():
+    fed, log = FedTokens(4, depth=9), []
+    fed.owe(0, np.array([0, 1]), Return(log, 10, 11))
+    fed.owe(1, np.array([2]), Return(log, 20))
+    fed.owe(2, np.array([3]), Return(log, 30))
+    assert filled(fed, [5, 6], [0, 1]) == [5, 6]
+    assert log == []
+    assert filled(fed, [FED, 7, FED], [1, 3, 0]) == [11, 7, 10]
+    assert log == [10]
+    assert filled(fed, [FED], [3]) == [30]
+    assert log == [10, 20, 30]
+
+
+def test_the_latest_token_of_a_slot_counts():
+    fed, log = FedTokens(1, depth=9), []
+    fed.owe(0, np.array([0]), Return(log, 10))
+    fed.owe(1, np.array([0]), Return(log, 11))
+    assert filled(fed, [FED], [0]) == [11]
+
+
+def test_returns_nobody_asks_for_do_not_pile_up():
+    fed, log = FedTokens(1, depth=2), []
+    for number in range(5):
+        fed.owe(number, np.array([0]), Return(log, number))
+    assert log == [0, 1, 2]
+
+
+def test_a_token_that_was_never_sampled_is_our_own_bug():
+    with pytest.raises(AssertionError):
+        filled(FedTokens(1, depth=2), [FED], [0])
