@@ -12,7 +12,8 @@ import typer
 from trireme.core.refusal import Refusal
 from trireme.core.request import Request
 from trireme.core.settings import Settings
-from trireme.engine.sampling import make_sampling, read_defaults
+from trireme.engine.sampling import Defaults, make_sampling
+from trireme.models.spec import read_spec
 from trireme_tools.serve import settings_of
 from trireme_tools.settings_options import settings_options
 
@@ -60,8 +61,15 @@ def generate(
 
 
 def _requests(settings: Settings, lines: list[str], given: dict[str, Any]) -> list[Request]:
-    sampling = make_sampling(given, read_defaults(Path(settings.model)))
-    return [Request(id=str(number), prompt=_prompt(line, number), sampling=sampling) for number, line in enumerate(lines, 1) if line.strip()]
+    spec = read_spec(Path(settings.model))
+    defaults, limit = Defaults.of(Path(settings.model), settings.default_max_tokens), settings.max_model_len or spec.max_position_embeddings
+    requests = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            prompt = _prompt(line, number)
+            sampling = make_sampling(given, defaults, vocab_size=spec.vocab_size, prompt_len=len(prompt), max_model_len=limit)
+            requests.append(Request(id=str(number), prompt=prompt, sampling=sampling))
+    return requests
 
 
 def _prompt(line: str, number: int) -> list[int]:

@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from trireme_tools.plots import plot_pipeline
 from trireme_tools.serve import settings_of
 from trireme_tools.settings_options import override, settings_options
 from trireme_tools.timeline import Bar, bubble_ratio, chrome_trace, read_bars
@@ -29,6 +28,8 @@ def trace(
     chosen: dict[str, Any],
 ) -> None:
     """Draw which stage worked on which step when, and print each stage's share of idle time."""
+    from trireme_tools.plots import plot_pipeline
+
     console = Console()
     bars = read_bars(file.read_text().splitlines()) if file else _offline(model, requests, output_len, chosen)
     last_epoch = max(bar.epoch for bar in bars)

@@ -1,0 +1,50 @@
+"""Settings on the command line: every one of them, spelt as in the file or shorter, and checked the same."""
+
+from __future__ import annotations
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from trireme.core.refusal import Refusal
+from trireme.core.settings import Settings
+from trireme_tools.settings_options import FLAGS, override, settings_options
+
+
+def chosen_by(*words: str) -> dict:
+    got = {}
+
+    @settings_options
+    def verb(name: str = "x", *, chosen: dict) -> None:
+        """A verb."""
+        got.update(chosen, name=name)
+
+    app = typer.Typer()
+    app.command()(verb)
+    result = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return got
+
+
+def test_every_setting_has_a_flag():
+    assert set(FLAGS) == set(Settings.__struct_fields__) - {"model"}
+
+
+def test_only_what_was_said_is_chosen():
+    assert chosen_by("--name", "y") == {"name": "y"}
+    words = ("--pp", "2", "--layer-cut", "16,14", "--link", "tensor", "--no-enable-prefix-caching", "--step-timeout-s", "2.5")
+    expected = {"pipeline_parallel_size": 2, "layer_cut": [16, 14], "link": "tensor", "enable_prefix_caching": False, "step_timeout_s": 2.5}
+    assert chosen_by(*words) == {"name": "x", **expected}
+
+
+def test_a_bad_choice_is_refused_as_in_the_file():
+    with pytest.raises(Refusal, match="bad setting"):
+        override(Settings(model="m"), {"link": "pigeon"})
+    with pytest.raises(Refusal, match="layer cut"):
+        chosen_by("--layer-cut", "a,b")
+
+
+def test_another_pp_forgets_the_cut_of_the_file():
+    settings = Settings(model="m", pipeline_parallel_size=2, layer_cut=[1, 2])
+    assert override(settings, {"pipeline_parallel_size": 3}).layer_cut is None
+    assert override(settings, {"async_depth": 2}).layer_cut == [1, 2]
