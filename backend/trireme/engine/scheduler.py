@@ -1,0 +1,593 @@
+"""Scheduler: the only place that decides what runs. `next() -> Step`, `learn(Outcome) -> [Emission]`, one way. No threads, no torch.
+
+A step holds decodes first, then prompt rows: half of those go to the oldest prompt, the other half to the shortest ones.
+Pages and slots are given back only after the last planned step that names them has returned.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from itertools import repeat
+
+import msgspec
+import numpy as np
+
+from trireme.core.refusal import Refusal
+from trireme.core.request import Emission, Logprobs, Request
+from trireme.core.settings import Limits
+from trireme.core.step import FED, PAGE, Open, Outcome, Step, array, ints
+from trireme.engine.pages import Pages
+from trireme.engine.prefix import extend_names, find_prefix
+from trireme.engine.sequence import Group, Sequence, State, pages_of
+from trireme.engine.slots import Slots
+from trireme.engine.stats import Stats
+from trireme.engine.waiting import Waiting
+
+_LEAST_CHUNK = 64  # rows: prompts are not cut finer to fill the pipeline, since a step has costs of its own
+_MOST_STRIKES = 3  # epochs in a row that may break on a sequence which gets no further
+
+
+@dataclass
+class _Flight:
+    """A step that has not returned, as the scheduler remembers it: lists over its items."""
+
+    number: int
+    sequences: list[Sequence] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)  # tokens computed once the step has returned
+    samples: list[bool] = field(default_factory=list)
+    prompt_rows: int = 0
+
+
+class _Sheet:
+    """A step being planned: its fields in pieces."""
+
+    def __init__(self, number: int):
+        self.flight = _Flight(number)
+        self.slots: list[int] = []
+        self.starts: list[int] = []
+        self.counts: list[int] = []
+        self.tokens: list[bytes] = []
+        self.opens: list[Open] = []
+        self.writes: list[tuple[int, int, int]] = []
+        self.bans: list[tuple[int, list[int]]] = []
+        self.returns = False
+
+    def step(self, epoch: int) -> Step:
+        return Step(
+            epoch=epoch,
+            number=self.flight.number,
+            slots=ints(self.slots),
+            starts=ints(self.starts),
+            counts=ints(self.counts),
+            samples=ints(self.flight.samples),
+            tokens=b"".join(self.tokens),
+            opens=self.opens,
+            page_writes=ints(self.writes),
+            bans=self.bans,
+            returns=self.returns,
+        )
+
+
+class Scheduler:
+    """Not thread-safe: the engine's thread drives it. `clock` gives seconds, as in Request.deadline."""
+
+    def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic, stats: Stats | None = None, epoch: int = 0):
+        self.limits = limits
+        self.epoch = epoch
+        self.stats = stats or Stats(limits.num_stages)
+        self._clock = clock
+        self._groups: dict[str, Group] = {}
+        self._num_groups = 0  # ever
+        self._num_queued = 0  # requests of which nothing has run
+        self._deadlines: list[tuple[float, int, Group]] = []  # heap
+        self._waiting = Waiting()
+        self._reset()
+
+    def _reset(self) -> None:
+        """No step, no page, no slot: the start of an epoch."""
+        self._pages = Pages(self.limits.num_pages)
+        self._slots = Slots(self.limits.max_num_seqs)
+        self._running: dict[int, Sequence] = {}  # by slot: RUNNING, LEAVING, or DONE and not yet parted
+        self._prompts: list[Sequence] = []  # RUNNING, with prompt rows left to plan
+        self._prompt_rows_in_flight = 0
+        self._flights: deque[_Flight] = deque()  # planned, not returned; by number
+        self._early: dict[int, Outcome] = {}  # answers that overtook that of an older step
+        self._parting: dict[int, list[Sequence]] = {}  # by the number of the last step that names them
+        self._next_number = 0
+
+    # ---- what the engine reads
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences in the queue; those of n > 1 enter it when the request's first has computed their prompt."""
+        return len(self._waiting)
+
+    @property
+    def num_queued(self) -> int:
+        """Requests of which nothing has run yet: what max_queue_size bounds."""
+        return self._num_queued
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._flights)
+
+    @property
+    def num_pages_used(self) -> int:
+        return self._pages.num_used
+
+    @property
+    def next_deadline(self) -> float | None:
+        """Clock seconds of the earliest deadline of a request under way."""
+        while self._deadlines and not self._deadlines[0][2].num_unfinished:
+            heappop(self._deadlines)
+        return self._deadlines[0][0] if self._deadlines else None
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._groups
+
+    # ---- requests come and go
+
+    def check(self, request: Request) -> None:
+        """Refusal for a request that could never run, whatever the load."""
+        num_prompt, limits = len(request.prompt), self.limits
+        if not num_prompt:
+            raise Refusal("the prompt has no tokens", why="there is nothing to continue", fix="send at least one token")
+        if num_prompt >= limits.max_model_len:
+            raise Refusal(
+                f"the prompt has {num_prompt} tokens, max_model_len is {limits.max_model_len}",
+                why="no room is left for an output token",
+                fix="shorten the prompt, set truncate_prompt_tokens, or raise max_model_len",
+            )
+        num_tokens = min(num_prompt + request.sampling.max_tokens, limits.max_model_len)
+        if pages_of(num_tokens - 1) > limits.num_pages:  # the last token is sampled but never computed
+            raise Refusal(
+                f"prompt and output of up to {num_tokens} tokens need {pages_of(num_tokens - 1)} pages, there are {limits.num_pages}",
+                why="a sequence must fit to ever finish",
+                fix="lower max_tokens, or raise kv_cache_memory_bytes",
+            )
+
+    def add(self, request: Request) -> None:
+        """Take a request into the queue; Refusal where it can never run, its id is taken, or the queue is full."""
+        self.check(request)
+        if request.id in self._groups:
+            raise Refusal(f"request id {request.id!r} is in use", why="ids tell answers apart", fix="use a fresh id")
+        if self._num_queued >= self.limits.max_queue_size:
+            raise queue_full(self._num_queued)
+        self._num_groups += 1
+        self._num_queued += 1
+        group = Group(request, arrived=self._clock(), order=self._num_groups, num_unfinished=request.sampling.n)
+        group.sequences = [Sequence(group, index, self.limits.max_model_len) for index in range(request.sampling.n)]
+        self._groups[request.id] = group
+        if request.deadline is not None:
+            heappush(self._deadlines, (request.deadline, group.order, group))
+        share_prompt = self.limits.enable_prefix_caching and len(request.prompt) > PAGE
+        for sequence in group.sequences:
+            if share_prompt and sequence.index > 0:
+                sequence.state = State.HELD
+            else:
+                self._waiting.push(sequence)
+
+    def cancel(self, request_id: str, reason: str = "cancelled", index: int | None = None) -> list[Emission]:
+        """End a request, or its sequence `index`; "stop" where its text met a stop string. One that has ended is no fault."""
+        group = self._groups.get(request_id)
+        error = Refusal("request cancelled", kind="cancelled") if reason == "cancelled" else None
+        sequences = group.sequences if group else []
+        return self._end((s for s in sequences if index in (None, s.index)), reason, error)
+
+    def expire(self) -> list[Emission]:
+        """End the requests whose deadline has passed."""
+        news: list[Emission] = []
+        while (deadline := self.next_deadline) is not None and deadline <= self._clock():
+            group = heappop(self._deadlines)[2]
+            error = Refusal(
+                f"request ended at its deadline, {self._clock() - group.arrived:.1f} s after it came",
+                why="it did not finish in time",
+                fix="give it more time or fewer tokens",
+                kind="deadline",
+            )
+            news += self._end(group.sequences, "deadline", error)
+        return news
+
+    def fail_all(self, error: Exception) -> list[Emission]:
+        """End every request with `error`."""
+        return [news for group in list(self._groups.values()) for news in self._end(group.sequences, "error", error)]
+
+    def restart(self, epoch: int, num_pages: int | None = None, error: Exception | None = None) -> list[Emission]:
+        """A new epoch: forget steps, pages and slots, and queue what ran, by rank, with its tokens so far.
+
+        `error` is what broke the old epoch. Sequences of its oldest unreturned step that got no further for several
+        epochs in a row are ended with it, and so are those that no longer fit in `num_pages`.
+        """
+        news: list[Emission] = []
+        suspects = self._flights[0].sequences if self._flights and error is not None else []
+        running = list(self._running.values())
+        self.epoch = epoch
+        if num_pages is not None:
+            self.limits = msgspec.structs.replace(self.limits, num_pages=num_pages)
+        self._reset()
+        for sequence in running:
+            if sequence.state is not State.DONE:
+                self._enqueue(sequence)
+        for sequence in suspects:
+            sequence.strikes = 1 if sequence.furthest > sequence.furthest_at_strike else sequence.strikes + 1
+            sequence.furthest_at_strike = sequence.furthest
+            if sequence.strikes >= _MOST_STRIKES:
+                news += self._end([sequence], "error", _struck_out(error))
+        for sequence in [s for group in self._groups.values() for s in group.sequences]:
+            if pages_of(sequence.limit - 1) > self.limits.num_pages:
+                why = f"{self.limits.num_pages} pages are left after a repair"
+                news += self._end([sequence], "error", Refusal("the request no longer fits", why=why, kind="unavailable"))
+        return news
+
+    # ---- planning
+
+    def next(self) -> Step | None:
+        """The next step, or None where nothing can run before an outcome or a request comes."""
+        if len(self._flights) >= self.limits.inflight:
+            return None
+        sheet = _Sheet(self._next_number)
+        self._plan_decodes(sheet, ahead=False)
+        self._plan_prompts(sheet)
+        if not sheet.slots:
+            self._plan_decodes(sheet, ahead=True)
+        if not sheet.slots:
+            return None
+        self._flights.append(sheet.flight)
+        self._prompt_rows_in_flight += sheet.flight.prompt_rows
+        self._next_number += 1
+        step = sheet.step(self.epoch)
+        self.stats.steps += 1
+        self.stats.rows += step.num_rows
+        return step
+
+    @property
+    def _num_returned(self) -> int:
+        """Steps below this number have returned."""
+        return self._flights[0].number if self._flights else self._next_number
+
+    def _plan_decodes(self, sheet: _Sheet, *, ahead: bool) -> None:
+        slots, limits, number = self._slots, self.limits, sheet.flight.number
+        decodes = slots.decodes()
+        most = limits.max_micro_batch_size or -(-int(np.count_nonzero(decodes)) // limits.num_stages)
+        room = limits.max_num_batched_tokens
+        if self._prompts or len(self._waiting):
+            room -= min(PAGE, room // 2)  # however many decode, prompts go on
+        chosen = slots.ready(decodes, number, self._num_returned, limits.num_stages, ahead=ahead)[: min(most, room)]
+        chosen, growing = self._room_for(chosen)
+        if not len(chosen):
+            return
+        for slot, page in zip(growing.tolist(), self._pages.take(len(growing)), strict=True):
+            pages = self._running[slot].pages
+            sheet.writes.append((slot, len(pages), page))
+            pages.append(page)
+        slots.held[growing] += 1
+        starts = slots.planned[chosen]
+        tokens = np.where(slots.known[chosen] == slots.length[chosen], slots.token[chosen], FED)
+        slots.planned[chosen] += 1
+        slots.length[chosen] += 1
+        slots.last_step[chosen] = number
+        sheet.returns = bool(np.any(slots.fed[chosen] & (slots.length[chosen] < slots.limit[chosen])))
+        sequences = [self._running[slot] for slot in chosen.tolist()]
+        sheet.bans += [
+            (item, words) for item, sequence in enumerate(sequences) if sequence.sampling.bad_words and (words := sequence.banned())
+        ]
+        sheet.slots += chosen.tolist()
+        sheet.starts += starts.tolist()
+        sheet.counts += [1] * len(sequences)
+        sheet.tokens.append(ints(tokens))
+        sheet.flight.sequences += sequences
+        sheet.flight.ends += (starts + 1).tolist()
+        sheet.flight.samples += [True] * len(sequences)
+
+    def _room_for(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(those of the slots that can decode now, those among them that need a page more); preempts where pages are short."""
+        slots = self._slots
+        while True:
+            growing = chosen[slots.planned[chosen] >= slots.held[chosen] * PAGE]
+            short = len(growing) - self._pages.num_free
+            if short <= 0:
+                return chosen, growing
+            working = [s for s in self._running.values() if s.state is State.RUNNING and slots.length[s.slot] < slots.limit[s.slot]]
+            coming = sum(len(s.pages) for s in self._running.values()) - sum(len(s.pages) for s in working)
+            if coming >= short:
+                break
+            self._preempt(max(working, key=lambda sequence: sequence.rank))
+            chosen = chosen[slots.live[chosen]]
+        # Steps in flight will bring the pages: until then go on with those that need none, and with the first by rank.
+        by_rank = sorted(growing.tolist(), key=lambda slot: self._running[slot].rank)
+        postponed = by_rank[self._pages.num_free :]
+        return chosen[~np.isin(chosen, postponed)], np.array(by_rank[: self._pages.num_free], np.int64)
+
+    def _plan_prompts(self, sheet: _Sheet) -> None:
+        """Half of the rows to the oldest prompt, unless it needs less or is alone; the others to the shortest, so that neither starves."""
+        rows = self._num_prompt_rows(self.limits.max_num_batched_tokens - len(sheet.slots))
+        if rows <= 0:
+            return
+        oldest, may_admit = self._oldest_prompt(sheet)
+        if oldest is None:
+            return
+        need = self._left(oldest)
+        alone = len(self._prompts) == 1 and not len(self._waiting)
+        share = need if need <= rows else rows if alone else -(-rows // 2)
+        rows -= share
+        while rows:
+            shortest = min((s for s in self._prompts if s is not oldest), key=self._length_rank, default=None)
+            waiting = self._waiting.shortest if may_admit else None
+            if waiting is not None and (shortest is None or _waiting_length_rank(waiting) < self._length_rank(shortest)):
+                may_admit = self._admit(waiting, sheet)
+                shortest = waiting if may_admit else shortest
+            if shortest is None:
+                break
+            count = min(rows, self._left(shortest))
+            self._plan_chunk(sheet, shortest, count)
+            rows -= count
+        self._plan_chunk(sheet, oldest, share + min(rows, need - share))
+
+    def _num_prompt_rows(self, room: int) -> int:
+        """Prompt rows of this step: what there is to compute in equal steps, at least one for each stage."""
+        pending = sum(map(self._left, self._prompts)) + self._waiting.num_rows
+        if not pending or room <= 0:
+            return 0
+        pending += self._prompt_rows_in_flight
+        num_steps = max(-(-pending // room), min(self.limits.num_stages, self.limits.inflight))
+        return min(room, max(_LEAST_CHUNK, -(-pending // num_steps)))
+
+    def _oldest_prompt(self, sheet: _Sheet) -> tuple[Sequence | None, bool]:
+        """(the first prompt by rank, whether others may be admitted). Nobody overtakes one that waits for pages or a slot."""
+        first = min(self._prompts, key=lambda sequence: sequence.rank, default=None)
+        waiting = self._waiting.first
+        if waiting is None or (first is not None and first.rank < waiting.rank):
+            return first, True
+        if self._admit(waiting, sheet, preempts=True):
+            return waiting, True
+        return first if first in self._prompts else None, False  # it may have had to make room
+
+    def _admit(self, sequence: Sequence, sheet: _Sheet, *, preempts: bool = False) -> bool:
+        """Give a waiting sequence a slot and pages for its whole log, reused ones where there are; False where they are short.
+
+        With `preempts`, sequences of lower priority make room, in this step or a later one.
+        """
+        found = find_prefix(self._pages, sequence.names, sequence.log) if self.limits.enable_prefix_caching and sequence.reuses else []
+        self._pages.hold(found)
+        num_new = pages_of(len(sequence.log)) - len(found)
+        while not self._fits(num_new):
+            victim = max(self._running.values(), key=lambda running: running.rank, default=None)
+            if not preempts or self._parting or victim is None or victim.rank[0] <= sequence.rank[0]:
+                self._pages.drop(found)
+                return False
+            self._preempt(victim)
+        self._waiting.remove(sequence)
+        sequence.pages = found + self._pages.take(num_new)
+        sequence.num_named = len(found)
+        sequence.state = State.RUNNING
+        sequence.slot = self._slots.open(
+            planned=len(found) * PAGE,
+            length=len(sequence.log),
+            limit=sequence.limit,
+            held=len(sequence.pages),
+            fed=self.limits.fed_back and self.limits.inflight > 1 and not sequence.sampling.waits_for_token,
+        )
+        self._running[sequence.slot] = sequence
+        self._prompts.append(sequence)
+        sheet.opens.append(Open(sequence.slot, sequence.sampling, sequence.prompt_len, sequence.history))
+        sheet.writes += [(sequence.slot, index, page) for index, page in enumerate(sequence.pages)]
+        self._began(sequence, len(found) * PAGE)
+        return True
+
+    def _fits(self, num_new: int) -> bool:
+        """Whether a slot and the pages are there, and a few pages more for those that decode."""
+        spare = max(1, self._pages.num_pages // 100) if self._running else 0
+        return self._slots.num_free > 0 and self._pages.num_free >= num_new + spare
+
+    def _began(self, sequence: Sequence, num_cached: int) -> None:
+        """Count a sequence's first start; a later one only computes again what it had."""
+        group = sequence.group
+        if group.queued:
+            group.queued = False
+            self._num_queued -= 1
+            self.stats.observed.queued.append(self._clock() - group.arrived)
+        if sequence.num_cached is None:
+            sequence.num_cached = num_cached
+            self.stats.prompt_tokens += sequence.prompt_len
+            self.stats.cached_tokens += num_cached
+
+    def _plan_chunk(self, sheet: _Sheet, sequence: Sequence, count: int) -> None:
+        slots, slot = self._slots, sequence.slot
+        start = int(slots.planned[slot])
+        end = start + count
+        samples = end == len(sequence.log)
+        slots.planned[slot] = end
+        slots.last_step[slot] = sheet.flight.number
+        if samples:
+            slots.length[slot] += 1
+            slots.decoding[slot] = True
+            self._prompts.remove(sequence)
+            sheet.returns |= bool(slots.fed[slot] and slots.length[slot] < slots.limit[slot])
+            if banned := sequence.banned():
+                sheet.bans.append((len(sheet.slots), banned))
+        sheet.slots.append(slot)
+        sheet.starts.append(start)
+        sheet.counts.append(count)
+        sheet.tokens.append(sequence.log[start:end].tobytes())
+        sheet.flight.sequences.append(sequence)
+        sheet.flight.ends.append(end)
+        sheet.flight.samples.append(samples)
+        sheet.flight.prompt_rows += count
+
+    def _left(self, sequence: Sequence) -> int:
+        """Rows of a running prompt that no step has yet."""
+        return len(sequence.log) - int(self._slots.planned[sequence.slot])
+
+    def _length_rank(self, sequence: Sequence) -> tuple[int, ...]:
+        return (sequence.rank[0], self._left(sequence), *sequence.rank[1:])
+
+    # ---- learning
+
+    def learn(self, outcome: Outcome) -> list[Emission]:
+        """The last stage's answer to a step that has returned from every stage. Answers of one epoch may come in any
+        order and are taken by number; a second one, or one of another epoch, is ignored."""
+        news: list[Emission] = []
+        if outcome.epoch != self.epoch or outcome.number < self._num_returned:
+            return news
+        self._early[outcome.number] = outcome
+        while self._flights and (found := self._early.pop(self._flights[0].number, None)) is not None:
+            flight = self._flights.popleft()
+            self._prompt_rows_in_flight -= flight.prompt_rows
+            self._take(flight, found, news)
+            for sequence in self._parting.pop(flight.number, ()):
+                self._part(sequence)
+        return news
+
+    def _take(self, flight: _Flight, outcome: Outcome, news: list[Emission]) -> None:
+        for part in outcome.prompt_logprobs:
+            values = self._running[part.slot].prompt_logprobs
+            if values is not None:
+                values[part.start + 1 : part.start + 1 + len(part.values)] = part.values
+        now, naming = self._clock(), self.limits.enable_prefix_caching
+        sampled = array(outcome.tokens)
+        tokens, logprobs = iter(sampled.tolist()), iter(outcome.logprobs) if outcome.logprobs else repeat(None)
+        slots = [sequence.slot for sequence, samples in zip(flight.sequences, flight.samples, strict=True) if samples]
+        self._slots.known[slots] += 1
+        self._slots.token[slots] = sampled
+        for sequence, end, samples in zip(flight.sequences, flight.ends, flight.samples, strict=True):
+            if end > sequence.furthest:
+                sequence.furthest = end
+            done = sequence.state is State.DONE
+            if naming and not done and end >= (sequence.num_named + 1) * PAGE:
+                self._name_pages(sequence, end // PAGE)
+            if samples:
+                token, logprob = next(tokens), next(logprobs)
+                if not done:  # else it is one that was sampled before the stop was known
+                    news.append(self._advance(sequence, token, logprob, now))
+
+    def _name_pages(self, sequence: Sequence, num_full: int) -> None:
+        extend_names(sequence.names, sequence.log, num_full)
+        for index in range(sequence.num_named, num_full):
+            self._pages.name(sequence.pages[index], sequence.names[index])
+        sequence.num_named = num_full
+
+    def _advance(self, sequence: Sequence, token: int, logprob: Logprobs | None, now: float) -> Emission:
+        """One token more of a sequence, and what that is to its user."""
+        group, observed = sequence.group, self.stats.observed
+        prompt_logprobs = None
+        if sequence.num_output:
+            observed.inter_token.append(now - sequence.emitted_at)
+        else:
+            observed.time_to_first_token.append(now - group.arrived)
+            if sequence.prompt_logprobs is not None:
+                prompt_logprobs, sequence.prompt_logprobs = sequence.prompt_logprobs, None
+                sequence.sampling = msgspec.structs.replace(sequence.sampling, prompt_logprobs=None)
+            if sequence.index == 0:
+                self._release_siblings(group)
+        sequence.emitted_at = now
+        if token in sequence.stops and sequence.num_output >= sequence.sampling.min_tokens:
+            return self._finish(sequence, "stop", stop_token=token, prompt_logprobs=prompt_logprobs)
+        sequence.log.append(token)
+        self.stats.generation_tokens += 1
+        values = [logprob] if logprob is not None else []
+        if len(sequence.log) >= sequence.limit:
+            return self._finish(sequence, "length", tokens=[token], logprobs=values, prompt_logprobs=prompt_logprobs)
+        return Emission(
+            request_id=group.request.id,
+            index=sequence.index,
+            tokens=[token],
+            logprobs=values,
+            prompt_logprobs=prompt_logprobs,
+            num_cached_tokens=sequence.num_cached or 0,
+        )
+
+    # ---- how sequences leave
+
+    def _end(self, sequences: Iterable[Sequence], reason: str, error: Exception | None) -> list[Emission]:
+        """End those that have not ended."""
+        return [self._finish(s, reason, error=error) for s in sequences if s.state is not State.DONE]
+
+    def _finish(self, sequence: Sequence, reason: str, **news) -> Emission:
+        group, state = sequence.group, sequence.state
+        sequence.state = State.DONE
+        if state is State.WAITING:
+            self._waiting.remove(sequence)
+        elif state is State.RUNNING:
+            self._leave(sequence)
+        group.num_unfinished -= 1
+        if sequence.index == 0:
+            self._release_siblings(group)
+        if not group.num_unfinished:
+            del self._groups[group.request.id]
+            self._num_queued -= group.queued
+        self.stats.finished[reason] += 1
+        self.stats.observed.end_to_end.append(self._clock() - group.arrived)
+        return Emission(
+            request_id=group.request.id,
+            index=sequence.index,
+            finish_reason=reason,
+            num_cached_tokens=sequence.num_cached or 0,
+            **news,
+        )
+
+    def _release_siblings(self, group: Group) -> None:
+        """The first sequence has computed the prompt (or never will): the others may come and reuse its pages."""
+        for sequence in group.sequences:
+            if sequence.state is State.HELD:
+                self._enqueue(sequence)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Back to the queue; tokens of its steps in flight still count."""
+        if sequence.state is State.RUNNING:
+            self.stats.preemptions += 1
+            sequence.state = State.LEAVING
+            self._leave(sequence)
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Plan it no more; slot and pages are given back once the last step that names them has returned."""
+        self._slots.live[sequence.slot] = False
+        if sequence in self._prompts:
+            self._prompts.remove(sequence)
+        last = int(self._slots.last_step[sequence.slot])
+        if last < self._num_returned:
+            self._part(sequence)
+        else:
+            self._parting.setdefault(last, []).append(sequence)
+
+    def _part(self, sequence: Sequence) -> None:
+        self._pages.drop(sequence.pages)
+        del self._running[sequence.slot]
+        self._slots.close(sequence.slot)
+        sequence.slot, sequence.pages = -1, []
+        if sequence.state is State.LEAVING:
+            self._enqueue(sequence)
+
+    def _enqueue(self, sequence: Sequence) -> None:
+        sequence.state = State.WAITING
+        sequence.slot, sequence.pages, sequence.num_named = -1, [], 0
+        self._waiting.push(sequence)
+
+
+def queue_full(num_queued: int) -> Refusal:
+    return Refusal(
+        f"the queue is full: {num_queued} requests wait",
+        why="max_queue_size bounds it",
+        fix="send again later, or raise max_queue_size",
+        kind="unavailable",
+    )
+
+
+def _waiting_length_rank(sequence: Sequence) -> tuple[int, ...]:
+    return (sequence.rank[0], len(sequence.log), *sequence.rank[1:])
+
+
+def _struck_out(error: Exception | None) -> Refusal:
+    return Refusal(
+        f"the request was given up: {_MOST_STRIKES} times in a row its step failed",
+        why=str(error),
+        fix="see the log of the stage that failed",
+        kind="internal",
+    )

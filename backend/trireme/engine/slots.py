@@ -1,0 +1,62 @@
+"""Slots: the numbers of every running sequence in arrays, so that many decodes are planned without a loop. No page is known here."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+class Slots:
+    """Rows of int64 or bool [num_slots]. Of one sequence:
+
+        0 ........ planned ........ known ........ length ........ limit
+        rows computed   tokens to      sampled by     may come
+        or in flight    compute        steps in flight
+
+    A decoding sequence has exactly one token to compute: planned == length - 1.
+    """
+
+    def __init__(self, num_slots: int):
+        self.planned = np.zeros(num_slots, np.int64)  # rows that steps have been told to compute
+        self.known = np.zeros(num_slots, np.int64)  # tokens in the log
+        self.length = np.zeros(num_slots, np.int64)  # tokens in the log and those sampled by steps in flight
+        self.limit = np.zeros(num_slots, np.int64)  # tokens at the most
+        self.held = np.zeros(num_slots, np.int64)  # pages
+        self.last_step = np.full(num_slots, -1, np.int64)  # the last step that names the slot
+        self.token = np.zeros(num_slots, np.int64)  # the last token of the log, once decoding
+        self.live = np.zeros(num_slots, bool)  # may be planned
+        self.decoding = np.zeros(num_slots, bool)  # its whole log has been planned
+        self.fed = np.zeros(num_slots, bool)  # may run ahead of its tokens
+        self._free = list(range(num_slots - 1, -1, -1))
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def open(self, *, planned: int, length: int, limit: int, held: int, fed: bool) -> int:
+        """The number of a free slot, taken."""
+        slot = self._free.pop()
+        self.planned[slot], self.known[slot], self.length[slot] = planned, length, length
+        self.limit[slot], self.held[slot], self.fed[slot] = limit, held, fed
+        self.last_step[slot], self.live[slot], self.decoding[slot] = -1, True, False
+        return slot
+
+    def close(self, slot: int) -> None:
+        self.live[slot] = False
+        self._free.append(slot)
+
+    def decodes(self) -> np.ndarray:
+        """bool [num_slots]: decoding, with a token still to come."""
+        return self.live & self.decoding & (self.length < self.limit)
+
+    def ready(self, decodes: np.ndarray, number: int, num_returned: int, num_stages: int, *, ahead: bool) -> np.ndarray:
+        """Slots that step `number` may decode, least recently planned first.
+
+        A fed-back sequence is best planned once in num_stages steps: sooner, stage 0 would stand still until the step
+        before has gone through all stages. With `ahead` it is planned all the same, those of the oldest step only.
+        """
+        ready = decodes & (self.fed | (self.known == self.length))
+        if ahead:
+            slots = np.flatnonzero(ready)
+            return slots[self.last_step[slots] == self.last_step[slots].min()] if len(slots) else slots
+        slots = np.flatnonzero(ready & (self.last_step < max(number - num_stages + 1, num_returned)))
+        return slots[np.argsort(self.last_step[slots], kind="stable")]
