@@ -1,0 +1,1 @@
+"""Blocks of a model: local arithmetic, parameters and what each keeps. No collectives, no other rank."""

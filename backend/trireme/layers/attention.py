@@ -1,0 +1,46 @@
+"""Attention over keys and values in pages, with rotary positions: grouped heads, optional biases, q/k norm and window."""
+
+from __future__ import annotations
+
+import torch
+
+from trireme.core.batch import Batch
+from trireme.layers.block import Block, Build, PerToken
+from trireme.layers.linear import Linear
+from trireme.layers.param import Param, by_heads, by_rows
+from trireme.parallel.layout import SUM, lay
+
+
+class Attention(Block):
+    """Rows [T, H] -> [T, H]. A window of w shows a query its last w keys, itself included; 0 shows all."""
+
+    takes, gives = lay(), lay(tp=SUM)
+
+    def __init__(self, build: Build, layer: int, *, qkv_bias: bool = False, o_bias: bool = False, qk_norm: bool = False, window: int = 0):
+        super().__init__(f"layers.{layer}.attn")
+        spec, dim = build.spec, build.spec.head_dim
+        num_heads, num_kv_heads = build.share(spec.num_heads), build.share(spec.num_kv_heads)
+        self.norm = Param(build, (spec.hidden,))
+        heads = by_heads("tp", spec.num_heads, spec.num_kv_heads, dim)
+        self.qkv = Linear(build, (spec.num_heads + 2 * spec.num_kv_heads) * dim, spec.hidden, heads, bias=qkv_bias)
+        self.out = Linear(build, spec.hidden, spec.num_heads * dim, by_rows("tp", spec.num_heads, dim), bias=o_bias)
+        self.q_norm = Param(build, (dim,)) if qk_norm else None
+        self.k_norm = Param(build, (dim,)) if qk_norm else None
+
+        self.keeps = PerToken(num_kv_heads, dim, build.dtype)
+        self.window = window
+        sizes = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": dim}
+        self.rope_write = build.choices("qk_rope_write", **sizes)
+        self.attend = build.choices("paged_attention", **sizes, window=window)
+        self._split, self._dim, self._eps = [num_heads, num_kv_heads, num_kv_heads], dim, spec.eps
+        self._cos_sin = build.cos_sin
+
+    def forward(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
+        num_rows = x.shape[0]
+        keys, values = batch.caches[self.cache]
+        q, k, v = self.qkv(x).view(num_rows, -1, self._dim).split(self._split, dim=1)
+        q = self.rope_write(
+            q, k, v, self._cos_sin, batch.positions, self.q_norm, self.k_norm, self._eps, keys, values, batch.pages
+        )  # fmt: skip
+        rows = self.attend.run(q, keys, values, batch.attention[self.window])
+        return self.out(rows.view(num_rows, -1))

@@ -1,0 +1,102 @@
+"""Block: a part of a model between two seams, what it keeps, and the Build that constructors get."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from trireme_kernels.choose import Choices
+
+from trireme.core.batch import Batch
+from trireme.core.step import PAGE
+from trireme.layers.param import Param
+from trireme.layers.rope import cos_sin
+from trireme.parallel.layout import Layout, lay
+from trireme.parallel.mesh import Mesh
+from trireme.parallel.plan import Plan
+from trireme.parallel.seam import Collective
+
+if TYPE_CHECKING:
+    from trireme.models.spec import Spec
+
+
+@dataclass(frozen=True)
+class Build:
+    """All that a constructor may know: the checkpoint, the machines, this rank's place, and where numbers live."""
+
+    spec: Spec
+    plan: Plan
+    stage: int
+    device: torch.device
+    dtype: torch.dtype
+    choices: Choices  # ops, chosen once
+    rank: int = 0  # inside the stage
+    collective: Collective | None = None  # runs a seam's moves; a stage of one rank has none
+
+    @property
+    def first(self) -> bool:
+        return self.stage == 0
+
+    @property
+    def last(self) -> bool:
+        return self.stage == self.plan.pp - 1
+
+    @cached_property
+    def mesh(self) -> Mesh:
+        return Mesh(self.plan)
+
+    @cached_property
+    def cos_sin(self) -> torch.Tensor:
+        """The rotary table of every position that a sequence may reach, float32 [max_position_embeddings, head_dim]."""
+        return cos_sin(self.spec.rope, self.spec.head_dim, self.spec.max_position_embeddings).to(self.device)
+
+    def place(self, axis: str) -> tuple[int, int]:
+        """(this rank's number along an axis of the mesh, the axis's size)."""
+        return self.mesh.place(axis, self.stage * self.plan.ranks + self.rank), self.mesh.size(axis)
+
+    def share(self, num_units: int, axis: str = "tp") -> int:
+        """How many of num_units heads this rank has; at least a copy of one."""
+        return max(1, num_units // self.mesh.size(axis))
+
+
+@dataclass(frozen=True)
+class PerToken:
+    """A block keeps a key and a value of each token, in pages of PAGE tokens."""
+
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_page(self) -> int:
+        return 2 * self.num_kv_heads * PAGE * self.head_dim * self.dtype.itemsize
+
+    def allocate(self, num_pages: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """(keys, values), each [num_pages, num_kv_heads, PAGE, head_dim]. On a CPU heads are outermost in memory, so that
+        one head's pages gather as whole runs."""
+        shape = (num_pages, self.num_kv_heads, PAGE, self.head_dim)
+        if device.type != "cpu":
+            return torch.zeros(shape, dtype=self.dtype, device=device), torch.zeros(shape, dtype=self.dtype, device=device)
+        outermost = (self.num_kv_heads, num_pages, PAGE, self.head_dim)
+        keys, values = (torch.zeros(outermost, dtype=self.dtype).permute(1, 0, 2, 3) for _ in range(2))
+        return keys, values
+
+
+class Block(nn.Module):
+    """Takes normed rows [T, H] laid out as `takes`, gives rows [T, H] laid out as `gives`; `norm` is the seam's before it."""
+
+    takes: Layout = lay()
+    gives: Layout = lay()
+    norm: Param  # [H]
+    keeps: PerToken | None = None
+    cache: int = -1  # its number among the stage's blocks that keep something: its place in Batch.caches
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.name = name  # "layers.3.attn": the name tables' right side begins with it
+
+    def forward(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
+        raise NotImplementedError

@@ -1,0 +1,42 @@
+"""Linear: rows times a weight, in the form in which this device multiplies fastest."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from trireme.layers.block import Build
+from trireme.layers.param import Cut, Param
+
+# oneDNN takes its fast path from here on; one row padded to four costs less than one row (measured, AVX-512, float32).
+_MIN_PACKED_ROWS = 4
+
+
+class Linear(nn.Module):
+    """x [T, in] -> [T, out].
+
+    float32 weights on a CPU are packed for oneDNN once they are loaded. Against F.linear (MKL) that takes 0.6 of the time
+    for one row, 0.5 for eight and 0.7 for 64 (a [3072, 576] weight on one core, 717 -> 416, 988 -> 540, 3626 -> 2400 us).
+    """
+
+    def __init__(self, build: Build, num_out: int, num_in: int, cut: Cut | None = None, *, bias: bool = False, tied: Param | None = None):
+        super().__init__()
+        self.weight = Param(build, (num_out, num_in), cut) if tied is None else tied
+        self.bias = Param(build, (num_out,), cut if cut is not None and cut.dim == 0 else None) if bias else None
+        self._packed: torch.Tensor | None = None
+
+    def prepare(self) -> None:
+        """Once the weight is loaded. A packed weight stands in for the plain one, which is let go."""
+        if self.weight.device.type == "cpu" and self.weight.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.data, None)
+            self.weight = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self._packed is None:
+            return F.linear(x, self.weight, self.bias)
+        num_rows = x.shape[0]
+        if num_rows >= _MIN_PACKED_ROWS:
+            return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+        padded = F.pad(x, (0, 0, 0, _MIN_PACKED_ROWS - num_rows))
+        return torch.ops.mkldnn._linear_pointwise(padded, self._packed, self.bias, "none", [], "")[:num_rows]

@@ -1,0 +1,28 @@
+"""The dense MLP, gated by silu."""
+
+from __future__ import annotations
+
+import torch
+
+from trireme.core.batch import Batch
+from trireme.layers.block import Block, Build
+from trireme.layers.linear import Linear
+from trireme.layers.param import Param, by_columns, by_rows
+from trireme.parallel.layout import SUM, lay
+
+
+class GatedMlp(Block):
+    """Rows [T, H] -> [T, H]: down(silu(gate) * up), gate and up in one product."""
+
+    takes, gives = lay(), lay(tp=SUM)
+
+    def __init__(self, build: Build, layer: int, *, bias: bool = False):
+        super().__init__(f"layers.{layer}.mlp")
+        hidden, intermediate = build.spec.hidden, build.spec.intermediate
+        self.norm = Param(build, (hidden,))
+        self.gate_up = Linear(build, 2 * intermediate, hidden, by_columns("tp", intermediate, intermediate), bias=bias)
+        self.down = Linear(build, hidden, intermediate, by_rows("tp", intermediate), bias=bias)
+        self.silu_mul = build.choices("silu_mul", intermediate=intermediate)
+
+    def forward(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
+        return self.down(self.silu_mul(self.gate_up(x)))

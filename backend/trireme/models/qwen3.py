@@ -1,0 +1,22 @@
+"""Qwen3, dense: each head's query and key are normed before they turn."""
+
+from __future__ import annotations
+
+from trireme.layers.attention import Attention
+from trireme.layers.block import Block, Build
+from trireme.layers.mlp import GatedMlp
+from trireme.layers.names import table
+from trireme.models.decoder import DENSE_NAMES
+
+NAMES = DENSE_NAMES + table("""
+  model.layers.{i}.self_attn.q_norm.weight -> layers.{i}.attn.q_norm
+  model.layers.{i}.self_attn.k_norm.weight -> layers.{i}.attn.k_norm
+""")
+
+
+def blocks(build: Build, layer: int) -> list[Block]:
+    spec = build.spec
+    return [
+        Attention(build, layer, qkv_bias=spec.qkv_bias, o_bias=spec.o_bias, qk_norm=True, window=spec.windows[layer]),
+        GatedMlp(build, layer),
+    ]

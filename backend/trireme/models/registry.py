@@ -1,0 +1,15 @@
+"""Registry: a family's name to its file. `read_spec` has refused the families that are not here."""
+
+from __future__ import annotations
+
+from trireme.layers.block import Build
+from trireme.models import llama, qwen2, qwen3
+from trireme.models.decoder import Decoder
+
+FAMILIES = {"llama": llama, "qwen2": qwen2, "qwen3": qwen3}
+
+
+def build_stage(build: Build) -> Decoder:
+    """One stage of the checkpoint's model, its parameters still empty."""
+    family = FAMILIES[build.spec.family]
+    return Decoder(build, family.NAMES, family.blocks)

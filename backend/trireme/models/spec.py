@@ -1,0 +1,219 @@
+"""Spec: what a checkpoint is, read from its config.json. No torch; tensors' names are in the family's file."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from trireme.core.refusal import Refusal
+from trireme.models import cost
+
+# What transformers assumes where a config is silent, and what a family fixes in code.
+_FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "LlamaForCausalLM": ("llama", {"max_position_embeddings": 2048}),
+    "Qwen2ForCausalLM": ("qwen2", {"max_position_embeddings": 32768, "attention_bias": True}),
+    "Qwen3ForCausalLM": ("qwen3", {"max_position_embeddings": 32768, "head_dim": 128}),
+}
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rope:
+    """Rotary positions. `kind` says which of the other numbers count: linear (factor), llama3 (factor, low, high, original
+    length), yarn (factor, beta_fast, beta_slow, truncate, attention_factor, original length)."""
+
+    theta: float
+    kind: Literal["default", "linear", "llama3", "yarn"] = "default"
+    factor: float = 1.0
+    original_max_position: int = 0  # tokens of the pretrained context
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0  # cos and sin are multiplied by it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """One checkpoint. Sizes are whole: no rank's share."""
+
+    family: Literal["llama", "qwen2", "qwen3"]
+    hidden: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab_size: int
+    eps: float
+    rope: Rope
+    windows: tuple[int, ...]  # [num_layers]: a query sees so many last keys; 0 for all
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    tie_word_embeddings: bool
+    max_position_embeddings: int
+    dtype: Literal["float32", "bfloat16", "float16"]  # of the checkpoint
+    eos_token_ids: tuple[int, ...] = ()
+
+    @property
+    def item_bytes(self) -> int:
+        return _ITEM_BYTES[self.dtype]
+
+    def cut_layers(self, num_stages: int) -> list[int]:
+        """Layers of each stage, by the cost model."""
+        return cost.cut_layers(self, num_stages)
+
+
+def read_spec(model_dir: str | Path) -> Spec:
+    """The Spec of a checkpoint directory. Refusal where there is none, or where it asks for what no family here computes."""
+    path = Path(model_dir) / "config.json"
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise Refusal(f"no checkpoint at {model_dir}", why="it has no config.json", fix="set model to a checkpoint directory") from None
+    except json.JSONDecodeError as error:
+        raise Refusal(f"{path} is not JSON", why=str(error), fix="fetch the checkpoint again") from None
+    return make_spec(values, source=str(path))
+
+
+def make_spec(values: Mapping[str, Any], *, source: str = "config.json") -> Spec:
+    """The Spec of a config's values, in transformers' spelling of version 4 or 5."""
+    architectures = values.get("architectures") or [None]
+    if architectures[0] not in _FAMILIES:
+        raise Refusal(
+            f"{source}: architecture {architectures[0]!r} is not known",
+            why=f"the families here are {', '.join(_FAMILIES)}",
+            fix="serve one of them, or add a family (README, recipes)",
+        )
+    family, defaults = _FAMILIES[architectures[0]]
+    config = _Config({**defaults, **{key: value for key, value in values.items() if value is not None}}, source)
+
+    config.must_be("hidden_act", "silu", "MLPs here are gated by silu")
+    config.must_be("partial_rotary_factor", 1.0, "rotary positions here turn whole heads")
+    config.must_be("quantization_config", None, "weights here are float32, bfloat16 or float16")
+    config.must_be("attention_bias", True, "Qwen2 checkpoints have query, key and value biases", only=family == "qwen2")
+    dtype = config.get("dtype", config.get("torch_dtype", "float32"))
+    if dtype not in _ITEM_BYTES:
+        raise config.refusal(f"dtype {dtype!r} is not known", f"it is one of {', '.join(_ITEM_BYTES)}")
+
+    hidden, num_layers, num_heads = config.size("hidden_size"), config.size("num_hidden_layers"), config.size("num_attention_heads")
+    num_kv_heads = config.size("num_key_value_heads", 32 if family != "llama" else num_heads)
+    if num_heads % num_kv_heads:
+        raise config.refusal(f"{num_kv_heads} key/value heads do not divide {num_heads} heads", "each serves equally many query heads")
+    head_dim = config.size("head_dim", hidden // num_heads)
+    if head_dim % 2:
+        raise config.refusal(f"head_dim {head_dim} is odd", "rotary positions turn pairs")
+
+    biased = bool(config.get("attention_bias", False))
+    max_position = config.size("max_position_embeddings")
+    eos = config.get("eos_token_id", [])
+    return Spec(
+        family=family,
+        hidden=hidden,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        intermediate=config.size("intermediate_size"),
+        vocab_size=config.size("vocab_size"),
+        eps=float(config.get("rms_norm_eps", 1e-6)),
+        rope=_read_rope(config, max_position),
+        windows=_read_windows(config, num_layers) if family != "llama" else (0,) * num_layers,
+        qkv_bias=biased,
+        o_bias=biased and family != "qwen2",
+        mlp_bias=family == "llama" and bool(config.get("mlp_bias", False)),
+        qk_norm=family == "qwen3",
+        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        max_position_embeddings=max_position,
+        dtype=dtype,
+        eos_token_ids=tuple(eos) if isinstance(eos, list) else (eos,),
+    )
+
+
+class _Config:
+    """A config's values with refusals that name the file."""
+
+    def __init__(self, values: Mapping[str, Any], source: str):
+        self._values, self._source = values, source
+
+    def get(self, key: str, default: Any) -> Any:
+        return self._values.get(key, default)
+
+    def size(self, key: str, default: int | None = None) -> int:
+        value = self._values.get(key, default)
+        if not isinstance(value, int) or value < 1:
+            raise self.refusal(f"{key} is {value!r}", "it must be a whole number above zero")
+        return value
+
+    def must_be(self, key: str, wanted: Any, why: str, *, only: bool = True) -> None:
+        value = self._values.get(key, wanted)
+        if only and value != wanted:
+            raise self.refusal(f"{key} {value if isinstance(value, str | float | bool) else '(set)'} is not supported", why)
+
+    def refusal(self, what: str, why: str) -> Refusal:
+        return Refusal(f"{self._source}: {what}", why=why, fix="serve another checkpoint, or correct the file")
+
+
+def _read_windows(config: _Config, num_layers: int) -> tuple[int, ...]:
+    window = config.get("sliding_window", 4096) if config.get("use_sliding_window", False) else 0
+    kinds = config.get("layer_types", None)
+    if kinds is None:
+        first = config.get("max_window_layers", 28)
+        kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(num_layers)]
+    if len(kinds) != num_layers or not set(kinds) <= {"sliding_attention", "full_attention"}:
+        raise config.refusal(f"layer_types {kinds!r}", f"it names full_attention or sliding_attention for each of {num_layers} layers")
+    return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
+
+
+def _read_rope(config: _Config, max_position: int) -> Rope:
+    """Version 5 has `rope_parameters` with the base inside; version 4 `rope_scaling` with `rope_theta` beside it."""
+    given = config.get("rope_scaling", None) or config.get("rope_parameters", None) or {}
+    values = {key: value for key, value in given.items() if value is not None}
+    theta = float(values.get("rope_theta", config.get("rope_theta", 10_000.0)))
+    kind = values.get("rope_type", values.get("type", "default"))
+    if values.get("partial_rotary_factor", 1.0) != 1.0:
+        raise config.refusal("partial_rotary_factor is set", "rotary positions here turn whole heads")
+    if kind in ("default", "dynamic"):  # dynamic only departs from default beyond max_position_embeddings, which no sequence passes here
+        return Rope(theta=theta)
+    original = config.get("original_max_position_embeddings", values.get("original_max_position_embeddings", max_position))
+    try:
+        if kind == "linear":
+            return Rope(theta=theta, kind="linear", factor=float(values["factor"]))
+        if kind == "llama3":
+            numbers = {key: float(values[key]) for key in ("factor", "low_freq_factor", "high_freq_factor")}
+            return Rope(theta=theta, kind="llama3", original_max_position=original, **numbers)
+        if kind == "yarn":
+            factor = float(values.get("factor", max_position / original))
+            return Rope(
+                theta=theta,
+                kind="yarn",
+                factor=factor,
+                original_max_position=original,
+                beta_fast=float(values.get("beta_fast", 32.0)),
+                beta_slow=float(values.get("beta_slow", 1.0)),
+                truncate=bool(values.get("truncate", True)),
+                attention_factor=_yarn_attention_factor(factor, values),
+            )
+    except KeyError as error:
+        raise config.refusal(f"{kind} rope scaling lacks {error}", "the scaling is not defined without it") from None
+    raise config.refusal(f"rope scaling {kind!r} is not known", "known are default, linear, dynamic, llama3 and yarn")
+
+
+def _yarn_attention_factor(factor: float, values: Mapping[str, Any]) -> float:
+    """Peng et al. 2023, 3.4; DeepSeek's two mscales divide each other."""
+    if "attention_factor" in values:
+        return float(values["attention_factor"])
+
+    def scale(mscale: float) -> float:
+        return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    if values.get("mscale") and values.get("mscale_all_dim"):
+        return scale(values["mscale"]) / scale(values["mscale_all_dim"])
+    return scale(1.0)

@@ -1,0 +1,1 @@
+"""From safetensors to parameters: one loader for all families."""

@@ -1,0 +1,92 @@
+"""Load: fill a stage's parameters from a checkpoint, slice by slice, and account for every byte; or fill them with noise."""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from trireme.models.decoder import Decoder
+from trireme.models.spec import Spec
+from trireme.parallel.plan import Plan
+from trireme.weights.names import Sorting, sort
+from trireme.weights.reader import Checkpoint
+
+Progress = Callable[[int, int], None]  # bytes read, bytes to read
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What became of a checkpoint's bytes: file = used + elsewhere + dropped. A tied embedding is used on both ends."""
+
+    file_bytes: int  # of all tensors in the checkpoint
+    used_bytes: int  # of tensors that this stage reads from, each counted once
+    read_bytes: int  # slices read from those
+    elsewhere_bytes: int  # of tensors that only other stages use
+    dropped_bytes: int  # of tensors that the family's table passes over
+    param_bytes: int  # of this stage's parameters, all filled
+
+    def __str__(self) -> str:
+        return f"{self.param_bytes / 1e6:.1f} MB of parameters from {self.read_bytes / 1e6:.1f} of {self.file_bytes / 1e6:.1f} MB"
+
+
+def load(decoder: Decoder, spec: Spec, plan: Plan, stage: int, model_dir: str | Path, progress: Progress | None = None) -> Manifest:
+    """Fill every parameter of the decoder exactly once. Refusal where tensors are missing, left over or misshapen."""
+    params = dict(decoder.params())
+    with Checkpoint(model_dir) as checkpoint:
+        sorting = sort(checkpoint.tensors, decoder, spec.num_layers)
+        pieces = [(use, params[use.target].piece(use.part)) for use in sorting.uses]
+        to_read = sum(checkpoint.tensors[use.tensor].rows_bytes(piece.dim, piece.source) for use, piece in pieces)
+        filled, read_bytes = Counter(), 0
+        for use, piece in pieces:
+            rows = checkpoint.read(use.tensor, piece.dim, piece.source)
+            target = params[use.target].data.narrow(piece.dim, piece.target.start, len(piece.target))
+            target.copy_(rows)
+            filled[use.target] += target.nbytes
+            read_bytes += rows.nbytes
+            if progress is not None:
+                progress(read_bytes, to_read)
+        manifest = _account(checkpoint, sorting, read_bytes, sum(filled.values()))
+    for name, param in params.items():
+        assert filled[name] == param.nbytes, f"{name}: {filled[name]} of {param.nbytes} bytes filled"
+    decoder.prepare()
+    return manifest
+
+
+def _account(checkpoint: Checkpoint, sorting: Sorting, read_bytes: int, param_bytes: int) -> Manifest:
+    def num_bytes(names: Iterable[str]) -> int:
+        return sum(checkpoint.tensors[name].num_bytes for name in names)
+
+    manifest = Manifest(
+        file_bytes=num_bytes(checkpoint.tensors),
+        used_bytes=num_bytes(sorting.used),
+        read_bytes=read_bytes,
+        elsewhere_bytes=num_bytes(sorting.elsewhere),
+        dropped_bytes=num_bytes(sorting.dropped),
+        param_bytes=param_bytes,
+    )
+    assert manifest.file_bytes == manifest.used_bytes + manifest.elsewhere_bytes + manifest.dropped_bytes, manifest
+    return manifest
+
+
+def fill_dummy(decoder: Decoder, seed: int = 0) -> Manifest:
+    """Noise that depends on the seed and a parameter's name alone, so that any cut into stages has the same model. Norms are
+    one. For measuring, and for tests without a checkpoint."""
+    num_bytes = 0
+    for name, param in decoder.params():
+        noise = torch.Generator().manual_seed(zlib.crc32(_origin(decoder, name).encode(), seed))
+        if param.dim() == 1 and name.endswith("norm"):
+            param.data.fill_(1.0)
+        else:
+            param.data.copy_(torch.empty(param.shape).normal_(0.0, 0.02, generator=noise))
+        num_bytes += param.nbytes
+    decoder.prepare()
+    return Manifest(0, 0, 0, 0, 0, num_bytes)
+
+
+def _origin(decoder: Decoder, name: str) -> str:
+    return "embed.weight" if decoder.tied and name == "head.proj.weight" else name
