@@ -1,0 +1,1 @@
+"""The only room that knows the server: its requests, responses, model configuration and metrics. No torch."""

@@ -1,0 +1,103 @@
+"""Start-up checks: what would hang or fail later and obscurely is refused here, in one line. Reads /proc, starts nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trireme.core.refusal import Refusal
+from trireme.core.settings import Settings
+
+_SHM_PER_MODEL = 8 << 20  # bytes: a stub's region starts at 1 MiB and grows with what is in flight
+
+
+@dataclass(frozen=True)
+class ServerFlags:
+    """What matters to us of the server's command line; its defaults where it is silent."""
+
+    explicit: bool = False  # models can be loaded again
+    load_threads: int = 4
+    thread_pool: int = 32
+
+    @classmethod
+    def read(cls, words: Sequence[str]) -> ServerFlags:
+        """Of an argument vector, in which a value stands behind `=` or in the next word."""
+        flags, backend = {}, {}
+        for word, after in zip(words, [*words[1:], ""], strict=False):
+            name, equals, value = word.partition("=")
+            if name == "--backend-config":
+                owner, _, option = (value if equals else after).partition(",")
+                key, _, setting = option.partition("=")
+                if owner == "python":  # python-based backends take these too
+                    backend[key] = setting
+            else:
+                flags[name] = value if equals else after
+        return cls(
+            explicit=flags.get("--model-control-mode") == "explicit",
+            load_threads=int(flags.get("--model-load-thread-count", cls.load_threads)),
+            thread_pool=int(backend.get("thread-pool-size", cls.thread_pool)),
+        )
+
+
+def server_flags() -> ServerFlags:
+    """Of the server that started this process; defaults where it cannot be read."""
+    try:
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return ServerFlags()
+    return ServerFlags.read([word.decode(errors="replace") for word in words])
+
+
+def check_server(settings: Settings, flags: ServerFlags, shm: Path = Path("/dev/shm")) -> None:
+    """Refusal where the server was started with too little for these settings."""
+    models = 1 + settings.num_stages
+    if flags.load_threads < models:
+        raise Refusal(
+            f"the server loads {flags.load_threads} models at once, and this pipeline has {models}",
+            why="models that wait for each other while they load would wait for ever",
+            fix=f"start tritonserver with --model-load-thread-count={models}",
+        )
+    threads = settings.inflight * settings.num_stages + 8
+    if flags.thread_pool < threads:
+        raise Refusal(
+            f"the server's thread-pool-size is {flags.thread_pool}, and {threads} calls can be open at once",
+            why="steps in flight would keep the threads that send answers",
+            fix=f"start tritonserver with --backend-config=python,thread-pool-size={threads}",
+        )
+    space, needed = os.statvfs(shm), models * _SHM_PER_MODEL
+    free = space.f_bavail * space.f_frsize
+    if free < needed:
+        raise Refusal(
+            f"{shm} has {free >> 20} MiB free, and {models} models need {needed >> 20}",
+            why="the server and its models exchange tensors there",
+            fix="start the container with --shm-size=1g, or remove what dead servers left there",
+        )
+
+
+def check_checkpoint(settings: Settings) -> None:
+    """Refusal where the checkpoint is not there."""
+    model = Path(settings.model)
+    fix = "set `model` in model.json to a checkpoint directory (`trireme fetch-demo` makes one)"
+    if not (model / "config.json").exists():
+        raise Refusal(f"no checkpoint in {model}", why="config.json is missing", fix=fix)
+    if settings.load_format != "dummy" and not any(model.glob("*.safetensors")):
+        raise Refusal(f"no weights in {model}", why="there is no .safetensors file", fix=f"{fix}, or load_format to dummy")
+
+
+def check_instance(config: dict[str, Any]) -> None:
+    """Refusal for instance groups that this version cannot serve. `config` is the model's, as `initialize` gets it."""
+    name = config["name"]
+    for group in config.get("instance_group", []):
+        if group["kind"] == "KIND_GPU":
+            raise Refusal(f"{name} asks for a GPU", why="this version computes on CPU", fix="use KIND_CPU in its instance_group")
+        if group["count"] != 1:
+            raise Refusal(
+                f"{name} asks for {group['count']} instances",
+                why="one scheduler decides, and a stage is one group of ranks",
+                fix="use count: 1",
+            )
+    if len(config.get("instance_group", [])) > 1:
+        raise Refusal(f"{name} has several instance groups", why="a model of ours is one instance", fix="leave one")

@@ -1,0 +1,182 @@
+"""Emissions become outputs: one response without streaming, deltas with it, nothing that was not asked for."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from serve.tokenizers_for_tests import byte_level
+from trireme.core.refusal import Refusal
+from trireme.core.request import Emission, Logprobs, Sampling
+from trireme.serve.answer import Answer
+from trireme.serve.signature import read_order
+from trireme.serve.text import Text
+
+
+@pytest.fixture(scope="module")
+def text() -> Text:
+    return Text(byte_level())
+
+
+def make(text, tokens=None, *, said="hi", **asked):
+    """(Answer, order) for a prompt `said`; sampling fields and inputs by name."""
+    fields = {name: asked.pop(name) for name in ("stop", "n", "min_tokens", "logprobs") if name in asked}
+    order = read_order({"text_input": [said.encode()], **{name: [value] for name, value in asked.items()}}, {})
+    return Answer(order, Sampling(max_tokens=100, **fields), [1, 2, 3], said, text)
+
+
+def emit(tokens, finish=None, index=0, **more):
+    return Emission(request_id="r", index=index, tokens=tokens, finish_reason=finish, **more)
+
+
+def test_one_response_without_streaming(text):
+    answer, tokens = make(text), text.encode(" Paris. 😀")
+    for token in tokens:
+        assert answer.outputs() is None
+        answer.take(emit([token]))
+    answer.take(emit([], "stop", stop_token=2))
+    assert answer.done and answer.outputs() == {"text_output": ["hi Paris. 😀"]}
+
+
+def test_stream_of_deltas_without_empty_ones(text):
+    answer, tokens = make(text, stream=True), text.encode("ok 😀 wörld")
+    pieces = []
+    for token in tokens:
+        answer.take(emit([token]))
+        outputs = answer.outputs()
+        if outputs is not None:
+            assert list(outputs) == ["text_output"] and outputs["text_output"][0] and "\ufffd" not in outputs["text_output"][0]
+            pieces += outputs["text_output"]
+    answer.take(emit([], "stop"))
+    assert answer.done and answer.outputs() is None  # nothing more to say: FINAL goes alone
+    assert "".join(pieces) == "ok 😀 wörld"
+
+
+def test_emissions_that_wait_go_in_one_response(text):
+    answer, tokens = make(text, stream=True, return_num_output_tokens=True), text.encode("the capital of France")
+    for token in tokens:
+        answer.take(emit([token]))
+    assert answer.outputs() == {"text_output": ["the capital of France"], "num_output_tokens": [len(tokens)]}
+    assert answer.outputs() is None
+
+
+def test_an_answer_of_no_tokens_is_still_a_response(text):
+    answer = make(text, stream=True)
+    answer.take(emit([], "stop"))
+    assert answer.done and answer.outputs() == {"text_output": [""]}
+
+
+def test_counts_and_reason(text):
+    answer = make(text, stream=True, return_finish_reason=True, return_num_input_tokens=True, return_num_output_tokens=True)
+    answer.take(emit(text.encode("the")))
+    first = answer.outputs()
+    assert first is not None and first["finish_reason"] == ["None"] and first["num_input_tokens"] == [3]
+    answer.take(emit([], "length"))
+    last = answer.outputs()
+    assert last == {"text_output": [""], "finish_reason": ["length"], "num_input_tokens": [3], "num_output_tokens": [0]}
+
+
+@pytest.mark.parametrize("include", [False, True])
+def test_stop_string_across_tokens(text, include):
+    answer = make(text, stream=True, stop=("is Par",), include_stop_str_in_output=include, return_finish_reason=True, return_output_ids=True)
+    tokens = text.encode("of France is Paris. user")
+    found, out, ids = [], "", []
+    for token in tokens:
+        found.append(answer.take(emit([token])))
+        outputs = answer.outputs()
+        if outputs:
+            out, ids = out + outputs["text_output"][0], ids + outputs["output_ids"]
+            if outputs["finish_reason"] == ["stop"]:
+                break
+    assert out == ("of France is Par" if include else "of France ")
+    assert found[-1] and found.count(True) == 1 and answer.done
+    assert ids == tokens[: len(ids)] and text.decode(ids).startswith("of France is Par")
+    assert not answer.take(emit([5], "cancelled", error=Refusal("late", kind="cancelled"))) and answer.error is None
+
+
+def test_tokens_behind_a_stop_string_are_dropped(text):
+    answer = make(text, stop=("France",), exclude_input_in_output=True, return_num_output_tokens=True)
+    tokens = text.encode("of France is Paris")
+    assert answer.take(emit(tokens))
+    outputs = answer.outputs()
+    assert outputs is not None and outputs["text_output"] == ["of "] and outputs["num_output_tokens"][0] < len(tokens)
+
+
+def test_stop_string_waits_for_min_tokens(text):
+    tokens = text.encode("France France France")
+    answer = make(text, stop=("France",), min_tokens=len(tokens) - 1, exclude_input_in_output=True)
+    for token in tokens:
+        if answer.take(emit([token])):
+            break
+    outputs = answer.outputs()
+    assert outputs is not None and outputs["text_output"][0].startswith("France France")
+
+
+def test_held_text_comes_out_at_the_end(text):
+    answer = make(text, stop=("FranceX",), exclude_input_in_output=True)
+    answer.take(emit(text.encode("of France")))
+    answer.take(emit([], "length"))
+    assert answer.outputs() == {"text_output": ["of France"]}
+
+
+def test_n_answers(text):
+    answer = make(text, n=2, return_output_ids=True, exclude_input_in_output=True)
+    one, two = text.encode("the capital"), text.encode("user")
+    answer.take(emit(two, "stop", index=1))
+    assert not answer.done and answer.outputs() is None
+    answer.take(emit(one, "length"))
+    assert answer.outputs() == {
+        "text_output": ["the capital", "user"],
+        "index": [0, 1],
+        "output_ids": one + two,
+        "num_output_tokens": [len(one), len(two)],
+    }
+
+
+def test_n_answers_streamed(text):
+    answer = make(text, n=2, stream=True)
+    answer.take(emit(text.encode("user"), index=1))
+    assert answer.outputs() == {"text_output": ["user"], "index": [1]}
+    answer.take(emit(text.encode("the"), "stop"))
+    assert answer.outputs() == {"text_output": ["the"], "index": [0]} and not answer.done
+
+
+def test_logprobs_in_the_schema_of_vllm(text):
+    the, of = text.encode("the")[0], text.encode("of")[0]
+    answer = make(text, logprobs=1, return_logprobs=True, return_cumulative_logprob=True, return_log_probs=True, exclude_input_in_output=True)
+    answer.take(emit([the], logprobs=[Logprobs(the, -1.5, 2, [of], [-0.5])]))
+    answer.take(emit([of], "length", logprobs=[Logprobs(of, -0.25, 1, [of], [-0.25])]))
+    outputs = answer.outputs()
+    assert outputs is not None
+    assert json.loads(outputs["logprobs"][0]) == [
+        {
+            str(the): {"logprob": -1.5, "rank": 2, "decoded_token": text.decode([the])},
+            str(of): {"logprob": -0.5, "rank": 1, "decoded_token": text.decode([of])},
+        },
+        {str(of): {"logprob": -0.25, "rank": 1, "decoded_token": text.decode([of])}},
+    ]
+    assert outputs["cumulative_logprob"] == outputs["cum_log_probs"] == [-1.75]
+    assert outputs["output_log_probs"] == [-1.5, -0.25]
+
+
+def test_prompt_logprobs_once(text):
+    answer = make(text, stream=True, prompt_logprobs=1)
+    answer.take(emit(text.encode("the"), prompt_logprobs=[None, Logprobs(5, -1.0, 1, [5], [-1.0])]))
+    outputs = answer.outputs()
+    assert outputs is not None and json.loads(outputs["prompt_logprobs"][0])[0] is None
+    answer.take(emit(text.encode("user")))
+    assert answer.outputs() == {"text_output": ["user"]}
+
+
+def test_tokens_alone_without_a_tokenizer():
+    order = read_order({"input_ids": [1, 2], "stream": [True]}, {})
+    answer = Answer(order, Sampling(max_tokens=9), [1, 2], "", None)
+    answer.take(emit([7, 8]))
+    assert answer.outputs() == {"text_output": [""], "output_ids": [7, 8]}
+
+
+def test_errors_end_it(text):
+    answer = make(text, n=2)
+    answer.take(emit([], "deadline", error=Refusal("too late", kind="deadline")))
+    assert answer.done and "too late" in str(answer.error)

@@ -1,0 +1,111 @@
+"""BlsStages with a made-up server: every call ends once, lost threads are replaced, dead stages are loaded again."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+
+import pytest
+
+from trireme.core.control import Parcel
+from trireme.serve.bls import BlsStages
+
+DEAD = RuntimeError("Failed to process the request(s) for model instance 'stage_0_0_0', message: Stub process 'stage_0_0_0' is not healthy.")
+
+
+class Server:
+    """Echoes; a model in `hung` never answers, one in `dead` fails."""
+
+    def __init__(self):
+        self.hung: dict[str, threading.Event] = {}
+        self.dead: set[str] = set()
+        self.loaded: list[str] = []
+
+    def call(self, model: str, parcel: Parcel) -> Parcel:
+        if model in self.hung:
+            self.hung[model].wait()
+        if model in self.dead:
+            raise DEAD
+        return Parcel(model.encode() + parcel.packed)
+
+    def reload(self, model: str) -> None:
+        self.dead.discard(model)
+        self.loaded.append(model)
+
+
+@pytest.fixture
+def server():
+    return Server()
+
+
+@pytest.fixture
+def stages(server):
+    stages = BlsStages(2, server.call, server.reload, num_threads=2)
+    stages.start()
+    yield stages
+    for event in server.hung.values():
+        event.set()
+    stages.stop()
+
+
+def post(stages, stage, packed=b"x", timeout_s=5.0) -> queue.Queue:
+    answers: queue.Queue = queue.Queue()
+    stages.post(stage, Parcel(packed), timeout_s, answers.put)
+    return answers
+
+
+def test_answers(stages):
+    assert [post(stages, k, b"!").get(timeout=5).packed for k in (0, 1, 0)] == [b"stage_0!", b"stage_1!", b"stage_0!"]
+
+
+def test_lost_threads_are_counted_and_replaced(server, stages):
+    server.hung["stage_0"] = threading.Event()
+    lost = [post(stages, 0, timeout_s=0.1) for _ in range(4)]  # more than there are threads
+    assert all(isinstance(answers.get(timeout=5), TimeoutError) for answers in lost)
+    assert 2 <= stages.num_abandoned <= 4  # the other two had no thread, or a spare one
+    assert post(stages, 1).get(timeout=5).packed == b"stage_1x"
+    server.hung.pop("stage_0").set()
+    deadline = time.monotonic() + 5
+    while stages.num_abandoned and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert stages.num_abandoned == 0 and all(answers.empty() for answers in lost)
+
+
+def test_a_dead_stage_is_loaded_again_and_its_stranded_calls_end(server, stages):
+    server.hung["stage_0"] = threading.Event()
+    stranded = post(stages, 0, timeout_s=60)
+    while not stages._queue.empty():
+        time.sleep(0.01)
+    del server.hung["stage_0"]
+    server.dead.add("stage_0")
+    assert "not healthy" in str(post(stages, 0).get(timeout=5))
+    assert "not healthy" in str(stranded.get(timeout=5))
+    deadline = time.monotonic() + 5
+    while not server.loaded and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert server.loaded == ["stage_0"] and stages.num_reloads == 1
+    assert post(stages, 0).get(timeout=5).packed == b"stage_0x"
+
+
+def test_a_slow_stage_is_left_alone(server, stages):
+    stages.heal(0, TimeoutError("stage_0 did not answer in time"))
+    time.sleep(0.1)
+    assert not server.loaded
+
+
+def test_a_server_that_cannot_load(server):
+    stages = BlsStages(1, server.call, None, num_threads=1)
+    stages.start()
+    stages.heal(0, DEAD)
+    stages.stop()
+    assert stages.num_reloads == 0
+
+
+def test_stop_ends_open_calls(server, stages):
+    server.hung["stage_0"] = threading.Event()
+    answers = post(stages, 0, timeout_s=60)
+    stages.stop()
+    assert isinstance(answers.get(timeout=5), ConnectionError)
+    stages._watcher = threading.Thread(target=lambda: None)  # the fixture stops once more
+    stages._watcher.start()

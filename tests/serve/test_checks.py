@@ -1,0 +1,67 @@
+"""Start-up checks refuse in one line."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from trireme.core.refusal import Refusal
+from trireme.core.settings import make_settings
+from trireme.serve import checks
+from trireme.serve.checks import ServerFlags, check_checkpoint, check_instance, check_server
+
+
+def settings(**values):
+    return make_settings({"model": "/nowhere", **values})
+
+
+def test_flags_in_both_spellings():
+    words = ["tritonserver", "--model-control-mode=explicit", "--model-load-thread-count", "9", "--backend-config=python,thread-pool-size=64"]
+    assert ServerFlags.read(words) == ServerFlags(explicit=True, load_threads=9, thread_pool=64)
+    words = ["tritonserver", "--backend-config", "python,thread-pool-size=48", "--backend-config=onnx,thread-pool-size=1"]
+    assert ServerFlags.read(words) == ServerFlags(thread_pool=48)
+    assert ServerFlags.read([]) == ServerFlags()
+
+
+def test_defaults_serve_two_stages():
+    check_server(settings(pipeline_parallel_size=2), ServerFlags())
+
+
+def test_too_few_load_threads():
+    with pytest.raises(Refusal, match="--model-load-thread-count=5"):
+        check_server(settings(pipeline_parallel_size=4), ServerFlags())
+
+
+def test_too_small_thread_pool():
+    with pytest.raises(Refusal, match="thread-pool-size=38"):
+        check_server(settings(pipeline_parallel_size=5), ServerFlags(load_threads=8))
+    check_server(settings(pipeline_parallel_size=5), ServerFlags(load_threads=8, thread_pool=38))
+
+
+def test_too_little_shared_memory(monkeypatch):
+    monkeypatch.setattr(checks.os, "statvfs", lambda path: SimpleNamespace(f_bavail=1000, f_frsize=4096))
+    with pytest.raises(Refusal, match="shm-size"):
+        check_server(settings(), ServerFlags())
+
+
+def test_missing_checkpoint(tmp_path):
+    with pytest.raises(Refusal, match=r"config.json is missing.*fetch-demo"):
+        check_checkpoint(settings(model=str(tmp_path)))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(Refusal, match="no .safetensors"):
+        check_checkpoint(settings(model=str(tmp_path)))
+    check_checkpoint(settings(model=str(tmp_path), load_format="dummy"))
+
+
+@pytest.mark.parametrize(
+    ("groups", "sentence"),
+    [
+        ([{"kind": "KIND_GPU", "count": 1}], "computes on CPU"),
+        ([{"kind": "KIND_CPU", "count": 2}], "count: 1"),
+        ([{"kind": "KIND_CPU", "count": 1}] * 2, "one instance"),
+    ],
+)
+def test_instance_groups(groups, sentence):
+    with pytest.raises(Refusal, match=sentence):
+        check_instance({"name": "stage_0", "instance_group": groups})

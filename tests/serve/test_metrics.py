@@ -1,0 +1,84 @@
+"""Metrics: what the server is told, with a made-up MetricFamily."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from trireme.core.control import RankState, StageState
+from trireme.engine.stats import Stats
+from trireme.serve.metrics import FAMILIES, Reporter, samples
+
+
+class Family:
+    """Keeps every series in `Family.series`; a counter refuses to fall."""
+
+    COUNTER, GAUGE = "counter", "gauge"
+    series: dict[tuple, float]
+
+    def __init__(self, name, description, kind):
+        self.name, self.kind = name, kind
+        assert description
+
+    def Metric(self, labels):  # the server's spelling
+        key = (self.name, *sorted(labels.items()))
+
+        def increment(by):
+            assert by > 0
+            self.series[key] = self.series.get(key, 0) + by
+
+        def assign(value):
+            assert self.kind == "gauge"
+            self.series[key] = value
+
+        return SimpleNamespace(increment=increment, set=assign)
+
+
+def test_report(monkeypatch):
+    Family.series = {}
+    stats = Stats(num_stages=2)
+    stages = SimpleNamespace(num_abandoned=1, num_reloads=0)
+    states = [StageState(0, "ready", ranks=[RankState(0, "ready")]), StageState(1, "healing", ranks=[RankState(0, "dead")], restarts=2)]
+    reporter = Reporter(Family, lambda: samples(stats, states, stages), stats, {"model": "llm", "version": "1"})
+    stats.running, stats.generation_tokens = 3, 10
+    stats.finished["stop"] += 2
+    stats.observed.time_to_first_token.extend([0.004, 0.2, 100.0])
+    reporter.report()
+    stats.running, stats.generation_tokens = 1, 15
+    stats.observed.time_to_first_token.append(0.004)
+    reporter.report()
+
+    def value(name, **labels):
+        return Family.series[(f"trireme_{name}", *sorted({"model": "llm", "version": "1", **labels}.items()))]
+
+    assert value("requests_running") == 1
+    assert value("generation_tokens_total") == 15
+    assert value("requests_finished_total", reason="stop") == 2
+    assert value("bls_abandoned_threads") == 1
+    assert value("time_to_first_token_seconds_count") == 4
+    assert value("time_to_first_token_seconds_bucket", le="0.005") == 2
+    assert value("time_to_first_token_seconds_bucket", le="0.25") == 3
+    assert value("time_to_first_token_seconds_bucket", le="+Inf") == 4
+    assert value("time_to_first_token_seconds_sum") == 100.208
+    assert value("stage_ready", stage="0") == 1 and value("stage_ready", stage="1") == 0
+    assert value("rank_state", stage="1", rank="0", state="dead") == 1
+    assert value("stage_rank_restarts", stage="1") == 2
+
+
+def test_every_sample_has_a_family():
+    stats = Stats(num_stages=1)
+    stats.finished["stop"] += 1
+    states = [StageState(0, "ready", ranks=[RankState(0, "ready")])]
+    assert {sample.name for sample in samples(stats, states, SimpleNamespace(num_abandoned=0, num_reloads=0))} <= set(FAMILIES)
+
+
+def test_a_server_without_metrics_stops_the_reporter():
+    def refuse(**_):
+        raise RuntimeError("metrics not supported")
+
+    refuse.GAUGE = refuse.COUNTER = 0
+    stats = Stats()
+    reporter = Reporter(refuse, lambda: samples(stats, [], SimpleNamespace(num_abandoned=0, num_reloads=0)), stats, {})
+    reporter._run.__func__  # the thread's body ends by itself
+    reporter.start()
+    reporter._thread.join(5)
+    assert not reporter._thread.is_alive()

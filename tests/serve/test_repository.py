@@ -1,0 +1,26 @@
+"""The checked-in model repository is what `repository` writes; settings are read back through every model's file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from trireme.core.settings import make_settings, read_settings
+from trireme.serve.repository import files, write_repository
+
+HOME = Path(__file__).parents[2]
+CHECKED_IN = {"model": "models/SmolLM2-135M-Instruct", "pipeline_parallel_size": 2}
+
+
+def test_checked_in_repository_is_generated():
+    expected = files(make_settings(CHECKED_IN))
+    found = {path.relative_to(HOME / "model_repository") for path in (HOME / "model_repository").rglob("*") if path.is_file()}
+    assert found == set(expected)
+    for path, text in expected.items():
+        assert (HOME / "model_repository" / path).read_text() == text, path
+
+
+def test_every_model_reads_the_same_settings(tmp_path):
+    write_repository(make_settings({"model": "models/x", "pipeline_parallel_size": 3, "link": "tensor"}), tmp_path / "repository")
+    read = {read_settings(path) for path in (tmp_path / "repository").glob("*/1/model.json")}
+    assert len(list((tmp_path / "repository").glob("*/1/model.json"))) == 4
+    assert read == {make_settings({"model": str(tmp_path / "models/x"), "pipeline_parallel_size": 3, "link": "tensor"})}
