@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from trireme.core.settings import make_settings
-from trireme.parallel.comm import HOST, LinkLost, host_store, meet, reach_store
+from trireme.parallel.comm import LinkLost, StoreHost, meet, reach_store
 from trireme.parallel.link import SoloLink, TensorLink, form_link
 
 HIDDEN = 8
@@ -34,9 +34,8 @@ def form_all(settings, epoch: int, store: str, dtype=torch.float32) -> list:
 
 @pytest.fixture(scope="module")
 def store():
-    hosted = host_store(10.0)
-    yield f"{HOST}:{hosted.port}"
-    del hosted
+    hosted = StoreHost(10.0)
+    yield hosted.address
 
 
 epochs = iter(range(1, 1000))
@@ -113,7 +112,7 @@ def test_meeting_names_who_is_missing_and_can_be_given_up(store):
     with pytest.raises(LinkLost, match="given up"):
         form(settings(2), 0, next(epochs), store, give_up=give_up.is_set)
     with pytest.raises(LinkLost, match="store"):
-        reach_store(f"{HOST}:1", 0.5)
+        reach_store("127.0.0.1:1", 0.5)
 
 
 def _stage_1(address: str, epochs: list[int]) -> None:

@@ -8,6 +8,7 @@ peer dropping its last reference to the group and to every work of it.
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from datetime import timedelta
 import torch
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 
-HOST = "127.0.0.1"  # stages of one server share a host
+_HOST = "127.0.0.1"  # stages of one server share a host
 _GLANCE_S = 0.002  # between looks for the others at a meeting
 
 
@@ -24,9 +25,12 @@ class LinkLost(RuntimeError):
     """Another rank is gone, late, or speaks of something else. The epoch is over."""
 
 
-def host_store(timeout_s: float) -> TCPStore:
-    """A rendezvous store of this process, on a free port."""
-    return TCPStore(HOST, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
+class StoreHost:
+    """A rendezvous store in this process, on a free port, for as long as this value lives."""
+
+    def __init__(self, timeout_s: float):
+        self._store = TCPStore(_HOST, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
+        self.address = f"{_HOST}:{self._store.port}"
 
 
 def reach_store(address: str, timeout_s: float) -> TCPStore:
@@ -70,7 +74,7 @@ class Pair:
     def __init__(self, store: TCPStore, epoch: int, name: str, side: int, timeout_s: float, depth: int):
         self.name = f"{name} of epoch {epoch}"
         options = ProcessGroupGloo._Options()
-        options._devices = [ProcessGroupGloo.create_device(hostname=HOST)]
+        options._devices = [ProcessGroupGloo.create_device(hostname=_HOST)]
         options._timeout = timedelta(seconds=timeout_s)
         options._threads = 1
         with _lost_as(self.name):
@@ -103,4 +107,10 @@ def _lost_as(name: str) -> Iterator[None]:
     except LinkLost:
         raise
     except RuntimeError as error:  # DistError and its kin are RuntimeErrors
-        raise LinkLost(f"{name}: {str(error).splitlines()[0]}") from None
+        raise LinkLost(f"{name}: {_gist(error)}") from None
+
+
+def _gist(error: RuntimeError) -> str:
+    """What happened, without where in gloo's source and what its authors advise."""
+    line = str(error).splitlines()[0]
+    return re.sub(r"^\[\S+\.(cc|h|cpp):\d+\] ", "", line).split(". This is typically")[0]

@@ -5,13 +5,12 @@ from __future__ import annotations
 import time
 
 import numpy as np
-from torch.distributed import TCPStore
 
 from trireme.core.control import Answer, Fault, Found, Founded, Join, Joined, Parcel, open_message, pack_answer
 from trireme.core.log import logger
 from trireme.core.settings import Settings
 from trireme.core.step import Step, peek_step
-from trireme.parallel.comm import HOST, LinkLost, host_store
+from trireme.parallel.comm import LinkLost, StoreHost
 from trireme.parallel.link import form_link
 from trireme.ranks.channel import BREAK, RankChannel
 from trireme.ranks.runner import Runner
@@ -23,7 +22,7 @@ class Duty:
 
     def __init__(self, settings: Settings, stage: int, channel: RankChannel, runner: Runner):
         self._settings, self._stage, self._channel, self._runner = settings, stage, channel, runner
-        self._store: TCPStore | None = None  # where this rank hosts the meeting of an epoch
+        self._store: StoreHost | None = None  # where this rank hosts the meeting of an epoch
         self._log = logger(f"stage_{stage} rank")
         self._epoch = -1
         self._over = "no epoch was joined"  # why no step is computed, or empty
@@ -62,8 +61,8 @@ class Duty:
             return Fault(kind, why, self._stage, asked.epoch, number), None
 
     def _found(self, found: Found) -> Founded:
-        self._store = host_store(self._settings.step_timeout_s)
-        return Founded(found.epoch, f"{HOST}:{self._store.port}")
+        self._store = StoreHost(self._settings.step_timeout_s)
+        return Founded(found.epoch, self._store.address)
 
     def _join(self, join: Join) -> None:
         self._leave("another was joined")  # before anything else: another stage may be waiting in a group of the old epoch

@@ -199,13 +199,15 @@ class Leader:
     def _end_epoch(self, kind: str, why: str) -> None:
         """Nothing computes on: held steps are refused, and ranks drop their groups so that no other stage waits for them.
         `kind` is what held steps are refused for; of a bad checksum only the first is guilty."""
+        if not self._order.is_over:
+            self._log.warning("epoch %d ended: %s", self._order.epoch, why)
         for place, call in enumerate(self._order.end(why)):
             self._refuse(call, "stale" if place and kind == "checksum" else kind, why)
         for rank in self._ranks:
             rank.order(channel.BREAK, Parcel(b""), time.monotonic())
 
     def _refuse(self, call: _Call, kind: str, message: str) -> None:
-        self._log.warning("%s fault: %s", kind, message)
+        self._log.debug("%s fault: %s", kind, message)
         self._due.append((call.done, self._fault(kind, message, call.epoch, call.number)))
 
     def _fault(self, kind: str, message: str, epoch: int, number: int) -> Fault:

@@ -41,6 +41,10 @@ class StepOrder(Generic[Call]):
         self._held: dict[int, _Early[Call]] = {}
         self._over = "no epoch was joined"  # why nothing may be computed, or empty
 
+    @property
+    def is_over(self) -> bool:
+        return bool(self._over)
+
     def begin(self, epoch: int) -> None:
         """A new epoch; `end` the old one first."""
         self.epoch, self._next, self._checksum, self._over = epoch, 0, first_checksum(epoch), ""

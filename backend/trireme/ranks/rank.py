@@ -77,7 +77,7 @@ class Rank:
         self._orders.hide()
         self._heard = now
         if beat.state != self._state:
-            self._log.info("rank %d is %s%s", self._rank, beat.state, f": {beat.detail}" if beat.detail else "")
+            self._log.info("rank %d %s", self._rank, beat.detail or f"is {beat.state}")
         self._state, self._detail, self.num_pages = beat.state, beat.detail, beat.num_pages
         if beat.state == "ready":
             self._attempts = 0

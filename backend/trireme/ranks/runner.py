@@ -1,4 +1,4 @@
-"""Runner: Step -> Batch -> Decoder -> tokens, for one rank. Owns the caches, the page tables and the sampler rows; decides nothing."""
+"""Runner: Step -> Batch -> Decoder -> tokens, in one rank. Owns the caches, the page tables and the sampler rows; decides nothing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import torch
-from trireme_kernels.choose import Choices
 
 from trireme.core.batch import Batch
 from trireme.core.log import logger
@@ -27,6 +26,7 @@ from trireme.ranks.logprobs import Prompts, Stretch
 from trireme.ranks.rows import Rows, lay_out
 from trireme.ranks.sampler import Sampler
 from trireme.weights.load import fill_dummy, load
+from trireme_kernels.choose import Choices
 
 
 def load_runner(settings: Settings, stage: int, progress: Callable[[str], None]) -> Runner:
@@ -38,13 +38,12 @@ def load_runner(settings: Settings, stage: int, progress: Callable[[str], None])
     device = torch.device("cpu")
     dtype = torch.float32 if settings.dtype == "auto" else getattr(torch, settings.dtype)
     choices = Choices(device.type, dtype)
-    progress("is building the model")
+    log = logger(f"stage_{stage}")
     decoder = build_stage(Build(spec, plan, stage, device, dtype, choices))
     if settings.load_format == "dummy":
-        fill_dummy(decoder, seed=0)
+        manifest = fill_dummy(decoder)
     else:
-        progress("is loading weights")
-        load(decoder, spec, plan, stage, model_dir, progress)
+        manifest = load(decoder, spec, plan, stage, model_dir, _in_percent(progress))
     runner = Runner(
         decoder,
         settings,
@@ -56,8 +55,21 @@ def load_runner(settings: Settings, stage: int, progress: Callable[[str], None])
         max_model_len=settings.max_model_len or spec.max_position_embeddings,
         choices=choices,
     )
-    logger(f"stage_{stage}").info("implementations chosen:\n%s", choices.table())
+    log.info("loaded %s; %d pages; implementations:\n%s", manifest, runner.num_pages, choices.table())
     return runner
+
+
+def _in_percent(progress: Callable[[str], None]) -> Callable[[int, int], None]:
+    """Bytes read of bytes to read, told when another tenth is there."""
+    told = -1
+
+    def tell(read: int, to_read: int) -> None:
+        nonlocal told
+        if (tenth := 10 * read // max(1, to_read)) > told:
+            told = tenth
+            progress(f"is loading weights, {10 * tenth} %")
+
+    return tell
 
 
 class Runner:
@@ -82,7 +94,9 @@ class Runner:
         self.num_pages = settings.num_pages or self._num_pages_of_bytes()
         self._caches = [keep.allocate(self.num_pages, device) for keep in decoder.keeps]
         self._page_table = np.zeros((settings.max_num_seqs, -(-max_model_len // PAGE)), dtype=np.int32)
-        self._sampler = Sampler(settings.max_num_seqs, vocab_size, device, choices("sample"), choices("penalise"))
+        self._sampler = Sampler(
+            settings.max_num_seqs, vocab_size, device, choices("sample", vocab=vocab_size), choices("penalise", vocab=vocab_size)
+        )
         self._prompts = Prompts()
         self._link: Link | None = None
         self._fed = FedTokens(settings.max_num_seqs, settings.inflight)

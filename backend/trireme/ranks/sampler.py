@@ -157,7 +157,7 @@ class Sampler:
         return self._sample(logits, *parameters, torch.as_tensor(positions, dtype=torch.int64, device=self._device))
 
     def _column(self, rows: np.ndarray, name: str) -> torch.Tensor:
-        return torch.as_tensor(np.ascontiguousarray(rows[name]), device=self._device)
+        return torch.as_tensor(rows[name].copy(), device=self._device)
 
     def _read(self, history: np.ndarray, prompt_len: int) -> _Seen:
         prompt = torch.zeros(self._vocab_size, dtype=torch.bool)

@@ -1,0 +1,204 @@
+"""Real ranks: hand-made Steps through LocalStages give transformers' tokens, over every link, and again after a kill."""
+
+import itertools
+import os
+import queue
+import signal
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+import transformers
+
+from trireme.core.control import Fault, Found, Join, Parcel, Status, open_answer, pack_ask, seal_step
+from trireme.core.request import Sampling
+from trireme.core.settings import make_settings
+from trireme.core.step import FED, Open, Step, array, first_checksum, ints, pack_step
+from trireme.ranks.local import LocalStages
+
+pytestmark = pytest.mark.ranks
+
+PROMPT_LENS, CHUNK, NUM_TOKENS, VOCAB = (5, 21, 37), 16, 12, 99
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """(folder of a tiny llama, prompts, transformers' greedy tokens, log probabilities of the last prompt)"""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2
+    )
+    config._attn_implementation = "eager"
+    model = transformers.LlamaForCausalLM(config).eval()
+    for weight in model.parameters():
+        weight.data.normal_(0, 0.3) if weight.dim() > 1 else None
+    folder = tmp_path_factory.mktemp("tiny")
+    model.save_pretrained(folder)
+    prompts = [np.random.default_rng(length).integers(0, VOCAB, length).tolist() for length in PROMPT_LENS]
+    greedy, logprobs = [], None
+    with torch.inference_mode():
+        for prompt in prompts:
+            ids = torch.tensor([prompt])
+            logprobs = model(ids).logits[0].log_softmax(-1)
+            out = model.generate(ids, max_new_tokens=NUM_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0)
+            greedy.append(out[0, len(prompt) :].tolist())
+    return folder, prompts, greedy, logprobs
+
+
+class Hand:
+    """A front made by hand: joins an epoch, and plans the same prefill chunks and decodes every time."""
+
+    def __init__(self, stages: LocalStages, *, fed_back: bool, inflight: int):
+        self.stages, self.fed_back, self.inflight, self.epoch = stages, fed_back, inflight, 0
+
+    def post(self, stage: int, packed: bytes, rows=None) -> queue.Queue:
+        box: queue.Queue = queue.Queue()
+        self.stages.post(stage, Parcel(packed, rows), 30.0, box.put)
+        return box
+
+    def ask(self, stage: int, ask):
+        return open_answer(self.post(stage, pack_ask(ask)).get(timeout=40).packed)
+
+    def join(self) -> list[int]:
+        """A new epoch once all stages are ready. -> process ids"""
+        every, deadline = range(self.stages.num_stages), time.monotonic() + 60
+        while any((states := [self.ask(stage, Status()) for stage in every])[stage].state != "ready" for stage in every):
+            assert time.monotonic() < deadline, states
+            time.sleep(0.05)
+        self.epoch += 1
+        store = self.ask(0, Found(self.epoch)).store if self.fed_back and len(every) > 1 else ""
+        joins = [self.post(stage, pack_ask(Join(self.epoch, store))) for stage in every]
+        assert [open_answer(join.get(timeout=40).packed).epoch for join in joins] == [self.epoch] * len(every)
+        return [state.ranks[0].pid for state in states]
+
+    def generate(self, prompts: list[list[int]], *, kill: int = 0) -> tuple[list[list[int]], list, list[Fault]]:
+        """-> (tokens of each prompt, prompt logprobs of the last, faults). `kill`: a process to end after a few steps."""
+        self.tokens: list[list[int]] = [[] for _ in prompts]
+        self.told, self.faults = [], []
+        self.flying: list[tuple[list[int], list[queue.Queue]]] = []
+        planned, sampled = [0] * len(prompts), [0] * len(prompts)
+        checksum, number = first_checksum(self.epoch), 0
+        while min(sampled) < NUM_TOKENS and not self.faults:
+            items, opens, writes = [], [], []
+            for slot, prompt in enumerate(prompts):
+                if number < slot or sampled[slot] == NUM_TOKENS:
+                    continue
+                start = planned[slot]
+                count = min(CHUNK, len(prompt) - start) if start < len(prompt) else 1
+                known = prompt + self.tokens[slot]
+                tokens = known[start : start + count] or [FED]
+                if start == 0:
+                    asked = Sampling(max_tokens=NUM_TOKENS, temperature=0.0, prompt_logprobs=2 if slot == len(prompts) - 1 else None)
+                    opens.append(Open(slot, asked, len(prompt), ints(prompt)))
+                    writes += [(slot, index, 5 * index + slot) for index in range(4)]
+                planned[slot] = start + count
+                sample = planned[slot] >= len(prompt)
+                sampled[slot] += sample
+                items.append((slot, start, count, sample, tokens))
+            slots, starts, counts, samples, tokens = zip(*items, strict=True)
+            step = Step(
+                self.epoch,
+                number,
+                *map(ints, (slots, starts, counts, samples, list(itertools.chain(*tokens)))),
+                opens=opens,
+                page_writes=ints(writes),
+                returns=self.fed_back,
+            )
+            packed, checksum = pack_step(step, checksum)
+            if number == 4 and kill:
+                os.kill(kill, signal.SIGKILL)
+            self.send(seal_step(packed), [slot for slot, sample in zip(slots, samples, strict=True) if sample])
+            number += 1
+        while self.flying:
+            self.learn()
+        return self.tokens, self.told, self.faults
+
+    def send(self, packed: bytes, slots: list[int]) -> None:
+        if self.fed_back:
+            self.flying.append((slots, [self.post(stage, packed) for stage in range(self.stages.num_stages)]))
+            if len(self.flying) == self.inflight:
+                self.learn()
+            return
+        rows, box = None, None
+        for stage in range(self.stages.num_stages):
+            parcel = self.post(stage, packed, rows).get(timeout=40)
+            rows = parcel.rows
+            box = queue.Queue()
+            box.put(parcel)
+        self.flying.append((slots, [box]))
+        self.learn()
+
+    def learn(self) -> None:
+        slots, boxes = self.flying.pop(0)
+        for box in boxes:
+            parcel = box.get(timeout=40)
+            answer = open_answer(parcel.packed) if isinstance(parcel, Parcel) else parcel
+            if isinstance(answer, Fault | Exception):
+                self.faults.append(answer)
+                continue
+            for slot, token in zip(slots, array(answer.tokens).tolist() or [], strict=False):
+                self.tokens[slot].append(token)
+            self.told += answer.prompt_logprobs
+
+
+def shared_memory() -> set[str]:
+    """Files in shared memory, without those of servers that other tests may run now (`trireme_...`)."""
+    return {name for name in os.listdir("/dev/shm") if not name.startswith("trireme_")}
+
+
+@pytest.fixture
+def led(tiny):
+    """led(**settings) -> (Hand, process ids) at real ranks; checks that nothing is left."""
+    shared = shared_memory()
+    started: list[tuple[LocalStages, Path]] = []
+
+    def lead(**values):
+        settings = make_settings({"model": str(tiny[0]), "num_pages": 20, "max_num_seqs": 3, "max_model_len": 64, **values})
+        run_dir = Path(tempfile.mkdtemp(prefix="trireme-test-", dir="/tmp"))
+        stages = LocalStages(settings, run_dir)
+        started.append((stages, run_dir))
+        stages.start()
+        hand = Hand(stages, fed_back=settings.fed_back, inflight=settings.inflight)
+        return hand, hand.join()
+
+    yield lead
+    for stages, run_dir in started:
+        stages.stop()
+        assert not run_dir.exists()
+    assert not [child for child in psutil.Process().children() if "trireme.ranks" in " ".join(child.cmdline())]
+    assert shared_memory() <= shared
+
+
+def check(tiny, found) -> None:
+    _, prompts, greedy, logprobs = tiny
+    tokens, told, faults = found
+    assert not faults
+    assert tokens == greedy
+    values = [value for part in sorted(told, key=lambda part: part.start) for value in part.values]
+    assert [value.token for value in values] == prompts[-1][1:]
+    truth = logprobs[:-1].gather(1, torch.tensor(prompts[-1][1:])[:, None])[:, 0]
+    assert [value.value for value in values] == pytest.approx(truth.tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize(("pp", "link"), [(1, "collective"), (2, "collective"), (2, "tensor"), (3, "tensor")])
+def test_greedy_tokens_are_those_of_transformers(tiny, led, pp, link):
+    hand, _ = led(pipeline_parallel_size=pp, link=link)
+    check(tiny, hand.generate(tiny[1]))
+
+
+def test_a_killed_rank_comes_back_and_the_others_keep_their_weights(tiny, led):
+    hand, pids = led(pipeline_parallel_size=3)
+    check(tiny, hand.generate(tiny[1]))
+    for victim in (1, 0, 2):
+        hand.join()
+        began = time.monotonic()
+        _, _, faults = hand.generate(tiny[1], kill=pids[victim])
+        assert time.monotonic() - began < 10
+        assert {"rank"} <= {fault.kind for fault in faults} <= {"rank", "link", "stale", "unready"}
+        before, pids = pids, hand.join()
+        assert [new != old for new, old in zip(pids, before, strict=True)] == [stage == victim for stage in range(3)]
+        check(tiny, hand.generate(tiny[1]))

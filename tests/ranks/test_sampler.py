@@ -1,0 +1,129 @@
+"""The sampler's rows: each parameter does its part, and no row knows of the others."""
+
+import numpy as np
+import pytest
+import torch
+
+from trireme.core.request import Sampling
+from trireme.core.step import Open, ints
+from trireme.ranks.logprobs import Prompts, describe
+from trireme.ranks.rows import Rows
+from trireme.ranks.sampler import Sampler
+from trireme_kernels.choose import Choices
+
+VOCAB = 50
+LOGITS = torch.randn(8, VOCAB, generator=torch.Generator().manual_seed(0)) * 3
+PROMPT = [3, 1, 4, 1, 5]
+
+
+@pytest.fixture
+def sampler():
+    choices = Choices("cpu", torch.float32)
+    return Sampler(8, VOCAB, torch.device("cpu"), choices("sample", vocab=VOCAB), choices("penalise", vocab=VOCAB))
+
+
+def opened(slot: int, history=PROMPT, **sampling) -> Open:
+    return Open(slot, Sampling(**{"max_tokens": 9, "temperature": 0.0} | sampling), len(PROMPT), ints(history))
+
+
+def draw(sampler, slots, logits=None, positions=None, bans=()):
+    slots = np.asarray(slots, dtype=np.int32)
+    logits = LOGITS[: len(slots)] if logits is None else logits
+    positions = np.full(len(slots), len(PROMPT)) if positions is None else np.asarray(positions)
+    return sampler.sample(logits.clone(), slots, positions, list(bans))
+
+
+def tokens(*args, **kwargs) -> list[int]:
+    return draw(*args, **kwargs).tokens.tolist()
+
+
+def test_greedy_is_argmax(sampler):
+    for slot in range(3):
+        sampler.open(opened(slot))
+    assert tokens(sampler, [2, 0, 1]) == LOGITS[:3].argmax(-1).tolist()
+
+
+def test_bans_of_every_kind(sampler):
+    first, second, third, fourth = LOGITS[0].topk(4).indices.tolist()
+    sampler.open(opened(0, min_tokens=2, stop_token_ids=(first,)))
+    assert tokens(sampler, [0], positions=[len(PROMPT) + 1]) == [second]
+    assert tokens(sampler, [0], positions=[len(PROMPT) + 2]) == [first]
+    sampler.open(opened(0, bad_words=((first,), (second, 7))))
+    assert tokens(sampler, [0]) == [second]
+    assert tokens(sampler, [0], bans=[(0, [second, third])]) == [fourth]
+    sampler.open(opened(0, logit_bias={fourth: 100.0}))
+    assert tokens(sampler, [0]) == [fourth]
+    sampler.open(opened(0))
+    assert tokens(sampler, [0]) == [first]  # a new sequence has nothing of the last one
+
+
+def test_penalties_count_outputs_and_survive_a_reopening(sampler):
+    asked = {"repetition_penalty": 1.3, "presence_penalty": 0.4, "frequency_penalty": 0.7}
+    sampler.open(opened(0, **asked))
+    flat = torch.zeros(1, VOCAB)
+    flat[0, 1], flat[0, 9] = 2.0, 1.9  # 1 is in the prompt: 2 / 1.3 is less than 1.9
+    said = [tokens(sampler, [0], logits=flat)[0] for _ in range(6)]
+    assert said[0] == 9
+    assert len(set(said)) > 2
+    sampler.open(opened(1, history=PROMPT + said, **asked))
+    assert tokens(sampler, [0, 1], logits=flat.repeat(2, 1)) == tokens(sampler, [1], logits=flat) * 2
+
+
+def test_a_row_does_not_depend_on_its_neighbours(sampler):
+    asked = [
+        {"temperature": 0.8, "seed": 5},
+        {"temperature": 1.2, "top_k": 9, "seed": 2**64 - 1},
+        {},
+        {"temperature": 1.0, "top_p": 0.7, "min_p": 0.01},
+    ]
+    for slot, sampling in enumerate(asked):
+        sampler.open(opened(slot, **sampling))
+    together = tokens(sampler, [3, 1, 2, 0], logits=LOGITS[[3, 1, 2, 0]], positions=[8, 9, 10, 11])
+    alone = [
+        tokens(sampler, [slot], logits=LOGITS[[slot]], positions=[at])[0] for slot, at in zip([3, 1, 2, 0], [8, 9, 10, 11], strict=True)
+    ]
+    assert together == alone
+    assert len({tokens(sampler, [0], positions=[at])[0] for at in range(40)}) > 3
+
+
+def test_logprobs_are_of_raw_logits(sampler):
+    first, second = LOGITS[1].topk(2).indices.tolist()
+    sampler.open(opened(0))
+    sampler.open(opened(1, logprobs=2, logit_bias={first: -100.0}))
+    sampler.open(opened(2, logprobs=0))
+    sampled = draw(sampler, [0, 1, 2])
+    none, one, bare = sampled.logprobs()
+    truth = LOGITS.log_softmax(-1)
+    assert none is None
+    assert (one.token, one.rank, one.top_ids) == (second, 2, [first, second])
+    assert one.value == pytest.approx(truth[1, second].item(), abs=1e-5)
+    assert one.top_values == pytest.approx(truth[1, [first, second]].tolist(), abs=1e-5)
+    assert (bare.rank, bare.top_ids) == (1, [])
+    assert draw(sampler, [0]).logprobs() == []
+
+
+def test_describe_many_rows_in_chunks():
+    logits = torch.randn(150, VOCAB)
+    chosen = torch.randint(0, VOCAB, (150,))
+    found = describe(logits, chosen, np.full(150, 1))
+    truth = logits.log_softmax(-1)
+    assert [one.value for one in found] == pytest.approx(truth.gather(1, chosen[:, None])[:, 0].tolist(), abs=1e-5)
+    assert [one.top_ids[0] for one in found] == logits.argmax(-1).tolist()
+
+
+def test_prompt_rows_are_all_but_the_last_of_the_prompt():
+    prompts = Prompts()
+    prompts.open(opened(4, history=[*PROMPT, 11, 12], prompt_logprobs=1))
+    prompts.open(opened(5))
+
+    def stretch(slot: int, start: int, count: int):
+        empty = np.zeros(0, np.int64)
+        slots, starts, counts = (np.array([1, value], np.int32) for value in (slot, start, count))
+        return prompts.stretches(Rows(slots, starts, counts, np.cumsum(counts) - counts, empty, empty, empty, empty))
+
+    (whole,) = stretch(4, 0, 7)  # prefilled again after preemption: outputs are in the log, and are not told
+    assert (whole.start, whole.rows.tolist(), whole.tokens.tolist()) == (0, [1, 2, 3, 4], PROMPT[1:])
+    (chunk,) = stretch(4, 2, 2)
+    assert (chunk.start, chunk.tokens.tolist()) == (2, PROMPT[3:5])
+    assert stretch(4, 4, 3) == []
+    assert stretch(5, 0, 5) == []
