@@ -5,10 +5,10 @@ from __future__ import annotations
 import random
 
 import pytest
-from engine.driver import Driver, limits, make_request
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from engine.driver import Driver, limits, make_request
 from trireme.core.refusal import Refusal
 from trireme.core.request import Request, Sampling
 from trireme.core.step import FED, array

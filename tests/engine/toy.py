@@ -32,7 +32,9 @@ def expected(prompt, *, seed, limit, stops=(), min_tokens=0, bad_words=()) -> tu
         for position in range(len(entries), len(log)):
             entries.append(_entry(entries[-1] if entries else 0, log[position], position))
         output = log[len(prompt) :]
-        banned = {w[-1] for w in bad_words if len(w) > 1 and tuple(output[len(output) - len(w) + 1 :]) == w[:-1] and len(output) >= len(w) - 1}
+        banned = {
+            w[-1] for w in bad_words if len(w) > 1 and tuple(output[len(output) - len(w) + 1 :]) == w[:-1] and len(output) >= len(w) - 1
+        }
         if len(output) < min_tokens:
             banned |= set(stops)
         token = _pick(entries, seed, banned)

@@ -269,14 +269,14 @@ class Engine:
 
     def _emit(self, emissions: list[Emission]) -> None:
         for emission in emissions:
-            listener = self._listeners[emission.request_id]
-            if emission.finish_reason is not None and emission.request_id not in self._scheduler:
-                del self._listeners[emission.request_id]
             try:
-                listener(emission)
+                self._listeners[emission.request_id](emission)
             except Exception:
                 self._log.exception("a listener failed: its request %s is cancelled", emission.request_id)
                 self.cancel(emission.request_id)
+        for emission in emissions:  # only now: sequences of one request may end together
+            if emission.finish_reason is not None and emission.request_id not in self._scheduler:
+                self._listeners.pop(emission.request_id, None)
 
     def _end_all(self, error: Exception) -> None:
         """Every request ends with `error`, also those that the scheduler has not seen."""

@@ -1,0 +1,122 @@
+"""Stages in threads for Engine and Chain: each checks what it gets as a leader would, the last runs the toy; faults on demand."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections import Counter
+
+import numpy as np
+
+from engine.toy import Toy
+from trireme.core.control import (
+    Fault,
+    Found,
+    Founded,
+    Join,
+    Joined,
+    Parcel,
+    StageState,
+    Status,
+    open_message,
+    pack_answer,
+)
+from trireme.core.step import Clock, Outcome, first_checksum, peek_step, verify_step
+
+
+class FakeStage:
+    """One stage: steps are held until their turn, computed in order, answered after a random delay."""
+
+    def __init__(self, stage: int, stages: FakeStages):
+        self.stage, self.stages = stage, stages
+        self.state, self.detail = "ready", ""
+        self.epoch, self.number, self.checksum, self.early = -1, 0, 0, {}
+        self.lock = threading.Lock()
+
+    def take(self, parcel: Parcel, answer) -> None:
+        message = open_message(parcel.packed)
+        with self.lock:
+            if isinstance(message, Status):
+                answer(StageState(self.stage, self.state, self.detail, self.epoch, num_pages=self.stages.num_pages + self.stage))
+            elif isinstance(message, Found):
+                answer(Founded(message.epoch, "here:1"))
+            elif isinstance(message, Join):
+                assert message.epoch > self.epoch
+                self.epoch, self.number, self.checksum, self.early = message.epoch, 0, first_checksum(message.epoch), {}
+                if self.stage == self.stages.num_stages - 1:
+                    self.stages.toy.join(message.epoch)
+                answer(Joined(message.epoch))
+            else:
+                step = peek_step(bytes(message))
+                if step.epoch != self.epoch:
+                    answer(Fault("stale", "old epoch", self.stage, step.epoch, step.number))
+                    return
+                self.early[step.number] = (bytes(message), step, parcel.rows, answer)
+                while self.number in self.early:
+                    self.run(*self.early.pop(self.number))
+
+    def run(self, packed, step, rows, answer) -> None:
+        self.checksum = verify_step(packed, self.checksum)
+        self.number += 1
+        if self.stages.link == "tensor":
+            assert (rows is None) == (self.stage == 0), "rows go from stage to stage"
+            assert rows is None or rows.tolist() == [step.number % 251, self.stage]
+        clock = Clock(began=time.time(), busy=1e-4)
+        wrong = self.stages.fault(self.stage, step)
+        if wrong == "mute":
+            answer = lambda value, rows=None: None  # noqa: E731
+        elif wrong:
+            self.epoch = -1
+            answer(Fault("rank", wrong, self.stage, step.epoch, step.number))
+            return
+        if self.stage == self.stages.num_stages - 1:
+            outcome = self.stages.toy.run(step)
+            answer(Outcome(step.epoch, step.number, self.stage, outcome.tokens, outcome.logprobs, outcome.prompt_logprobs, clock))
+        else:
+            answer(Outcome(step.epoch, step.number, self.stage, clock=clock), np.array([step.number % 251, self.stage + 1], np.uint8))
+
+
+class FakeStages:
+    """`fault(stage, step)` may return a message to fail with, or "mute" to lose its answer; `gone` stages answer nothing."""
+
+    def __init__(self, num_stages: int, *, link="collective", num_pages=64, delay_s=0.002, fault=lambda stage, step: None):
+        self.num_stages, self.link, self.num_pages, self.delay_s, self.fault = num_stages, link, num_pages, delay_s, fault
+        self.toy = Toy(num_pages, 0)
+        self.stages = [FakeStage(stage, self) for stage in range(num_stages)]
+        self.gone: set[int] = set()
+        self.healed: Counter[int] = Counter()
+        self.rng = random.Random(0)
+
+    def post(self, stage, parcel, timeout_s, done) -> None:
+        once = threading.Lock()
+
+        def finish(result) -> None:
+            if once.acquire(blocking=False):
+                expire.cancel()
+                done(result)
+
+        def answer(value, rows=None) -> None:
+            result = Parcel(pack_answer(value), rows)
+            self.later(lambda: finish(result))
+
+        def arrive() -> None:
+            if stage in self.gone:
+                finish(ConnectionError("stub is dead"))
+            else:
+                self.stages[stage].take(parcel, answer)
+
+        expire = threading.Timer(timeout_s, lambda: finish(TimeoutError(f"no answer in {timeout_s} s")))
+        expire.daemon = True
+        expire.start()
+        self.later(arrive)
+
+    def later(self, call) -> None:
+        timer = threading.Timer(self.rng.random() * self.delay_s, call)
+        timer.daemon = True
+        timer.start()
+
+    def heal(self, stage, error) -> None:
+        self.healed[stage] += 1
+        self.gone.discard(stage)
+        self.stages[stage] = FakeStage(stage, self)
