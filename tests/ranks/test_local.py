@@ -75,8 +75,9 @@ class Hand:
         assert [open_answer(join.get(timeout=40).packed).epoch for join in joins] == [self.epoch] * len(every)
         return [state.ranks[0].pid for state in states]
 
-    def generate(self, prompts: list[list[int]], *, kill: int = 0) -> tuple[list[list[int]], list, list[Fault]]:
-        """-> (tokens of each prompt, prompt logprobs of the last, faults). `kill`: a process to end after a few steps."""
+    def generate(self, prompts: list[list[int]], *, kill: int = 0, spoil: bool = False) -> tuple[list[list[int]], list, list[Fault]]:
+        """-> (tokens of each prompt, prompt logprobs of the last, faults). `kill`: a process to end after a few steps;
+        `spoil`: whether the last stage fails then, at a token that the vocabulary does not have."""
         self.tokens: list[list[int]] = [[] for _ in prompts]
         self.told, self.faults = [], []
         self.flying: list[tuple[list[int], list[queue.Queue]]] = []
@@ -106,6 +107,7 @@ class Hand:
                 *map(ints, (slots, starts, counts, samples, list(itertools.chain(*tokens)))),
                 opens=opens,
                 page_writes=ints(writes),
+                bans=[(0, [VOCAB])] if spoil and number == 4 else [],
                 returns=self.fed_back,
             )
             packed, checksum = pack_step(step, checksum)
@@ -202,3 +204,31 @@ def test_a_killed_rank_comes_back_and_the_others_keep_their_weights(tiny, led):
         before, pids = pids, hand.join()
         assert [new != old for new, old in zip(pids, before, strict=True)] == [stage == victim for stage in range(3)]
         check(tiny, hand.generate(tiny[1]))
+
+
+def test_a_step_that_fails_ends_the_epoch_and_nobody(tiny, led):
+    hand, pids = led(pipeline_parallel_size=2, async_depth=2)
+    began = time.monotonic()
+    _, _, faults = hand.generate(tiny[1], spoil=True)
+    assert time.monotonic() - began < 10
+    assert {"rank"} <= {fault.kind for fault in faults} <= {"rank", "link", "stale"}
+    assert any("IndexError" in fault.message for fault in faults)
+    assert hand.join() == pids
+    check(tiny, hand.generate(tiny[1]))
+
+
+def test_missing_weights_are_a_sentence_that_stays(tiny, tmp_path, run_dir):
+    (tmp_path / "config.json").write_text((tiny[0] / "config.json").read_text())
+    stages = LocalStages(make_settings({"model": str(tmp_path)}), run_dir / "run")
+    hand = Hand(stages, fed_back=True, inflight=2)
+    stages.start()
+    try:
+        deadline = time.monotonic() + 60
+        while (state := hand.ask(0, Status())).state != "failed":
+            assert time.monotonic() < deadline, state
+            time.sleep(0.05)
+        assert "safetensors" in state.detail
+        assert "fix:" in state.detail
+        assert hand.ask(0, Join(1)).message == state.detail
+    finally:
+        stages.stop()

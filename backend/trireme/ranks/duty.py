@@ -8,11 +8,11 @@ import numpy as np
 
 from trireme.core.control import Answer, Fault, Found, Founded, Join, Joined, Parcel, open_message, pack_answer
 from trireme.core.log import logger
-from trireme.core.settings import Settings
 from trireme.core.step import Step, peek_step
 from trireme.parallel.comm import LinkLost, StoreHost
 from trireme.parallel.link import form_link
 from trireme.ranks.channel import BREAK, RankChannel
+from trireme.ranks.launch import Brief
 from trireme.ranks.runner import Runner
 
 
@@ -20,10 +20,10 @@ class Duty:
     """Answers orders. After a fault the epoch is over for this rank: it drops its groups, which frees ranks that wait for it,
     and keeps its weights for the next Join."""
 
-    def __init__(self, settings: Settings, stage: int, channel: RankChannel, runner: Runner):
-        self._settings, self._stage, self._channel, self._runner = settings, stage, channel, runner
+    def __init__(self, brief: Brief, channel: RankChannel, runner: Runner):
+        self._settings, self._stage, self._channel, self._runner = brief.settings, brief.stage, channel, runner
         self._store: StoreHost | None = None  # where this rank hosts the meeting of an epoch
-        self._log = logger(f"stage_{stage} rank")
+        self._log = logger(f"stage_{brief.stage} rank {brief.rank}")
         self._epoch = -1
         self._over = "no epoch was joined"  # why no step is computed, or empty
 

@@ -64,7 +64,7 @@ def main() -> None:
         signal.pause()  # until the leader has heard it and ends this rank
         return
     heart.tell("ready", num_pages=runner.num_pages)
-    Duty(brief.settings, brief.stage, channel, runner).do()
+    Duty(brief, channel, runner).do()
 
 
 if __name__ == "__main__":
