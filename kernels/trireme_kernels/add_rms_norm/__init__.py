@@ -1,0 +1,1 @@
+"""add_rms_norm: add to the residual, then rms_norm the rounded sum."""

@@ -1,0 +1,45 @@
+"""add_rms_norm in the Triton language: one program a row, one read and one write of each row."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from trireme_kernels.add_rms_norm.op import AddRmsNorm
+from trireme_kernels.case import Case
+
+
+def fits(case: Case) -> str | None:
+    return None
+
+
+def build(case: Case) -> AddRmsNorm:
+    return add_rms_norm
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:  # [T, H] x 2, [H] -> [T, H] x 2
+    num_rows, hidden = x.shape
+    normed = torch.empty_like(x, memory_format=torch.contiguous_format)
+    total = torch.empty_like(normed)
+    if num_rows:
+        block = triton.next_power_of_2(hidden)
+        _rows[(num_rows,)](x, residual, weight, normed, total, x.stride(0), residual.stride(0), hidden, eps, BLOCK=block)
+    return normed, total
+
+
+@triton.jit
+def _rows(x, residual, weight, normed, total, x_stride, residual_stride, hidden, eps, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < hidden
+    left = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+    right = tl.load(residual + row * residual_stride + column, mask=inside, other=0.0).to(tl.float32)
+    kind = total.dtype.element_ty
+    rounded = (left + right).to(kind)
+    tl.store(total + row * hidden + column, rounded, mask=inside)
+    value = rounded.to(tl.float32)
+    unscaled = (value * tl.rsqrt(tl.sum(value * value, axis=0) / hidden + eps)).to(kind).to(tl.float32)
+    scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(normed + row * hidden + column, (unscaled * scale).to(kind), mask=inside)

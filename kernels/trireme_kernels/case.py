@@ -1,0 +1,21 @@
+"""Case: what an implementation may ask before it says that it fits. No choice is made here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True)
+class Case:
+    """Where and on what an op will run; each op's op.py names the `sizes` it knows."""
+
+    device: str  # "cpu" | "cuda"
+    dtype: torch.dtype  # of activations and caches
+    sizes: Mapping[str, int] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        sizes = "".join(f" {name}={size}" for name, size in self.sizes.items())
+        return f"{self.device} {str(self.dtype).removeprefix('torch.')}{sizes}"

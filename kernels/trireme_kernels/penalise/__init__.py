@@ -1,0 +1,1 @@
+"""penalise: repetition, presence and frequency penalties."""

@@ -1,0 +1,1 @@
+"""qk_rope_write: what stands between the qkv projection and attention."""

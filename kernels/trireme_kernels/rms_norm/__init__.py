@@ -1,0 +1,1 @@
+"""rms_norm: rows divided by their root mean square."""

@@ -1,0 +1,39 @@
+"""rms_norm in the Triton language: one program a row."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from trireme_kernels.case import Case
+from trireme_kernels.rms_norm.op import RmsNorm
+
+
+def fits(case: Case) -> str | None:
+    return None
+
+
+def build(case: Case) -> RmsNorm:
+    return rms_norm
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # [T, H], [H] -> [T, H]
+    num_rows, hidden = x.shape
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if num_rows:
+        _rows[(num_rows,)](x, weight, out, x.stride(0), hidden, eps, BLOCK=triton.next_power_of_2(hidden))
+    return out
+
+
+@triton.jit
+def _rows(x, weight, out, row_stride, hidden, eps, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < hidden
+    value = tl.load(x + row * row_stride + column, mask=inside, other=0.0).to(tl.float32)
+    kind = out.dtype.element_ty
+    normed = (value * tl.rsqrt(tl.sum(value * value, axis=0) / hidden + eps)).to(kind).to(tl.float32)
+    scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * hidden + column, (normed * scale).to(kind), mask=inside)

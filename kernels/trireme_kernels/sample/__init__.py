@@ -1,0 +1,1 @@
+"""sample: one token a row of logits."""

@@ -1,0 +1,1 @@
+"""silu_mul: the gate of a gated MLP."""
