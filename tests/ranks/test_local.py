@@ -7,13 +7,13 @@ import signal
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
 import psutil
 import pytest
 import torch
-import transformers
 
+from tiny import greedy_tokens, prompt_logits, random_prompts, tiny_checkpoint
 from trireme.core.control import Fault, Found, Join, Parcel, Status, open_answer, pack_ask, seal_step
 from trireme.core.request import Sampling
 from trireme.core.settings import make_settings
@@ -22,31 +22,23 @@ from trireme.ranks.local import LocalStages
 
 pytestmark = pytest.mark.ranks
 
-PROMPT_LENS, CHUNK, NUM_TOKENS, VOCAB = (5, 21, 37), 16, 12, 99
+PROMPT_LENS, CHUNK, NUM_TOKENS, VOCAB = (21, 5, 37), 16, 12, 251
+
+
+class Truth(NamedTuple):
+    """A tiny checkpoint and what transformers says of it."""
+
+    folder: Path
+    prompts: list[list[int]]
+    greedy: list[list[int]]
+    last_prompt: torch.Tensor  # log probabilities [len, V] at every position of the last prompt
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """(folder of a tiny llama, prompts, transformers' greedy tokens, log probabilities of the last prompt)"""
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2
-    )
-    config._attn_implementation = "eager"
-    model = transformers.LlamaForCausalLM(config).eval()
-    for weight in model.parameters():
-        weight.data.normal_(0, 0.3) if weight.dim() > 1 else None
-    folder = tmp_path_factory.mktemp("tiny")
-    model.save_pretrained(folder)
-    prompts = [np.random.default_rng(length).integers(0, VOCAB, length).tolist() for length in PROMPT_LENS]
-    greedy, logprobs = [], None
-    with torch.inference_mode():
-        for prompt in prompts:
-            ids = torch.tensor([prompt])
-            logprobs = model(ids).logits[0].log_softmax(-1)
-            out = model.generate(ids, max_new_tokens=NUM_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0)
-            greedy.append(out[0, len(prompt) :].tolist())
-    return folder, prompts, greedy, logprobs
+def truth(tmp_path_factory) -> Truth:
+    folder = tiny_checkpoint(tmp_path_factory.mktemp("tiny"), "llama", num_hidden_layers=3)
+    prompts = random_prompts(PROMPT_LENS)
+    return Truth(folder, prompts, greedy_tokens(folder, prompts, NUM_TOKENS), prompt_logits(folder, prompts[-1]).log_softmax(-1))
 
 
 class Hand:
@@ -153,13 +145,13 @@ def shared_memory() -> set[str]:
 
 
 @pytest.fixture
-def led(tiny):
+def led(truth):
     """led(**settings) -> (Hand, process ids) at real ranks; checks that nothing is left."""
     shared = shared_memory()
     started: list[tuple[LocalStages, Path]] = []
 
     def lead(**values):
-        settings = make_settings({"model": str(tiny[0]), "num_pages": 20, "max_num_seqs": 3, "max_model_len": 64, **values})
+        settings = make_settings({"model": str(truth.folder), "num_pages": 20, "max_num_seqs": 3, "max_model_len": 64, **values})
         run_dir = Path(tempfile.mkdtemp(prefix="trireme-test-", dir="/tmp"))
         stages = LocalStages(settings, run_dir)
         started.append((stages, run_dir))
@@ -175,50 +167,50 @@ def led(tiny):
     assert shared_memory() <= shared
 
 
-def check(tiny, found) -> None:
-    _, prompts, greedy, logprobs = tiny
+def check(truth: Truth, found) -> None:
     tokens, told, faults = found
     assert not faults
-    assert tokens == greedy
+    assert tokens == truth.greedy
     values = [value for part in sorted(told, key=lambda part: part.start) for value in part.values]
-    assert [value.token for value in values] == prompts[-1][1:]
-    truth = logprobs[:-1].gather(1, torch.tensor(prompts[-1][1:])[:, None])[:, 0]
-    assert [value.value for value in values] == pytest.approx(truth.tolist(), abs=1e-4)
+    prompt = truth.prompts[-1][1:]
+    assert [value.token for value in values] == prompt
+    expected = truth.last_prompt[:-1].gather(1, torch.tensor(prompt)[:, None])[:, 0]
+    assert [value.value for value in values] == pytest.approx(expected.tolist(), abs=1e-4)
 
 
 @pytest.mark.parametrize(("pp", "link"), [(1, "collective"), (2, "collective"), (2, "tensor"), (3, "tensor")])
-def test_greedy_tokens_are_those_of_transformers(tiny, led, pp, link):
+def test_greedy_tokens_are_those_of_transformers(truth, led, pp, link):
     hand, _ = led(pipeline_parallel_size=pp, link=link)
-    check(tiny, hand.generate(tiny[1]))
+    check(truth, hand.generate(truth.prompts))
 
 
-def test_a_killed_rank_comes_back_and_the_others_keep_their_weights(tiny, led):
+def test_a_killed_rank_comes_back_and_the_others_keep_their_weights(truth, led):
     hand, pids = led(pipeline_parallel_size=3)
-    check(tiny, hand.generate(tiny[1]))
+    check(truth, hand.generate(truth.prompts))
     for victim in (1, 0, 2):
         hand.join()
         began = time.monotonic()
-        _, _, faults = hand.generate(tiny[1], kill=pids[victim])
+        _, _, faults = hand.generate(truth.prompts, kill=pids[victim])
         assert time.monotonic() - began < 10
         assert {"rank"} <= {fault.kind for fault in faults} <= {"rank", "link", "stale", "unready"}
         before, pids = pids, hand.join()
         assert [new != old for new, old in zip(pids, before, strict=True)] == [stage == victim for stage in range(3)]
-        check(tiny, hand.generate(tiny[1]))
+        check(truth, hand.generate(truth.prompts))
 
 
-def test_a_step_that_fails_ends_the_epoch_and_nobody(tiny, led):
+def test_a_step_that_fails_ends_the_epoch_and_nobody(truth, led):
     hand, pids = led(pipeline_parallel_size=2, async_depth=2)
     began = time.monotonic()
-    _, _, faults = hand.generate(tiny[1], spoil=True)
+    _, _, faults = hand.generate(truth.prompts, spoil=True)
     assert time.monotonic() - began < 10
     assert {"rank"} <= {fault.kind for fault in faults} <= {"rank", "link", "stale"}
     assert any("IndexError" in fault.message for fault in faults)
     assert hand.join() == pids
-    check(tiny, hand.generate(tiny[1]))
+    check(truth, hand.generate(truth.prompts))
 
 
-def test_missing_weights_are_a_sentence_that_stays(tiny, tmp_path, run_dir):
-    (tmp_path / "config.json").write_text((tiny[0] / "config.json").read_text())
+def test_missing_weights_are_a_sentence_that_stays(truth, tmp_path, run_dir):
+    (tmp_path / "config.json").write_text((truth.folder / "config.json").read_text())
     stages = LocalStages(make_settings({"model": str(tmp_path)}), run_dir / "run")
     hand = Hand(stages, fed_back=True, inflight=2)
     stages.start()
