@@ -186,6 +186,25 @@ def test_preempts_the_youngest():
     assert driver.scheduler.stats.preemptions > 0 and first_end == "r0"
 
 
+def test_the_older_need_not_wait_for_a_page_of_the_younger():
+    driver = Driver(limits(num_pages=12, enable_prefix_caching=False))
+    driver.add(request("older", 60, max_tokens=40))
+    driver.add(request("younger", 50, max_tokens=50))
+    driver.rush()
+    assert driver.scheduler.stats.preemptions == 1
+
+
+def test_bans_hold_over_faults():
+    words = tuple((first, last) for first in range(50) for last in range(25))  # after any token, half of the vocabulary
+    driver = Driver(limits())
+    driver.add(request("a", 5, max_tokens=30, sampling={"bad_words": words}))
+    while driver.scheduler.num_running or driver.scheduler.num_waiting:
+        driver.plan(), driver.run_one(), driver.learn_one()
+        driver.fault()
+    driver.check()
+    assert min(driver.output("a")[1:]) >= 25
+
+
 def test_refusals():
     driver = Driver(limits(max_queue_size=2, num_pages=5, max_model_len=100))
     for bad, words in [

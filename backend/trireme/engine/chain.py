@@ -148,7 +148,7 @@ class Chain:
             whole = None not in flight.outcomes
         if whole:
             self._deliver(Returned(step, flight.outcomes, flight.posted, flight.answered))
-        elif self._settings.link == "tensor":
+        elif self._settings.link == "tensor" and isinstance(result, Parcel):
             self._post(flight, stage + 1, result.rows)
 
     # ---- epochs

@@ -75,6 +75,7 @@ class Engine:
         self._chain = Chain(stages, settings, self._events.put)
         self._scheduler: Scheduler | None = None  # from the first epoch on, when the number of pages is known
         self._listeners: dict[str, Listener] = {}
+        self._news: list[Emission] = []  # not told yet: the next step is planned first
         self._num_submitted = 0  # requests handed in that the scheduler has not seen
         self._lock = threading.Lock()  # for _num_submitted, and so that nothing is submitted after the end
         self._ready = threading.Event()  # connected
@@ -149,25 +150,26 @@ class Engine:
                 self._handle_events()
                 self._expire()
                 self._plan()
+                self._tell()
                 self._observe()
-            self._refusal = Refusal("the engine was stopped", kind="unavailable")
+            self._close(Refusal("the engine was stopped", kind="unavailable"))
         except Exception as error:  # our own bug: nobody may wait for ever
             self._log.exception("the engine failed")
-            self._refusal = Refusal("the engine failed", why=repr(error), fix="see the log, restart the server", kind="internal")
-        finally:
-            self._chain.abandon()
-            self._chain.close()
-            self._close(self._refusal)
+            self._close(Refusal("the engine failed", why=repr(error), fix="see the log, restart the server", kind="internal"))
 
     def _close(self, refusal: Refusal) -> None:
         """The end: every request gets `refusal`, also those still in the queue of events."""
+        self._chain.abandon()
+        self._chain.close()
         with self._lock:
+            self._refusal = refusal
             self._ready.clear()
         while not self._events.empty():
             event = self._events.get()
             if isinstance(event, _Submitted):
-                event.listener(Emission(request_id=event.request.id, finish_reason="error", error=refusal))
+                self._turn_down(event.request, event.listener, refusal)
         self._end_all(refusal)
+        self._tell()
         self._observe()
         if self._trace is not None:
             self._trace.close()
@@ -202,18 +204,17 @@ class Engine:
                 self._add(request, listener)
             case _Cancelled(request_id, reason, index):
                 if self._scheduler is not None:
-                    self._emit(self._scheduler.cancel(request_id, reason, index))
+                    self._news += self._scheduler.cancel(request_id, reason, index)
             case Broken(epoch, error):
-                if self._lives(epoch):
-                    self._break(error)
+                self._break(epoch, error)
             case Connection():
                 self._connected(event)
             case GivenUp(error):
                 self._end_all(Refusal("the model is gone", why=str(error), fix="see the log of that stage", kind="unavailable"))
             case _Probed(epoch, wrong):
                 self._probing, self._heard_at = False, self._clock()
-                if wrong and self._lives(epoch):
-                    self._break(StageFault(wrong))
+                if wrong:
+                    self._break(epoch, StageFault(wrong))
             case _Stopped():
                 self._stopping = True
 
@@ -221,16 +222,18 @@ class Engine:
         with self._lock:
             self._num_submitted -= 1
         assert self._scheduler is not None, "submit saw a scheduler"
+        if request.id in self._listeners:
+            self._tell()  # the end of the id's last use may be among the news
         try:
             self._scheduler.add(request)
         except Refusal as refusal:  # what `submit` could not see: an id in use, a repair that left fewer pages
-            listener(Emission(request_id=request.id, finish_reason="error", error=refusal))
-            return
-        self._listeners[request.id] = listener
+            self._turn_down(request, listener, refusal)
+        else:
+            self._listeners[request.id] = listener
 
     def _learn(self, returned: Returned) -> None:
-        step = returned.step
-        if not self._lives(step.epoch):
+        step, scheduler = returned.step, self._live(returned.step.epoch)
+        if scheduler is None:
             return
         self._heard_at = self._clock()
         was_idle = step.number in self._idle_sent
@@ -242,13 +245,13 @@ class Engine:
             self.stats.stage_returned(stage, clock, max(0.0, answered - began - clock.busy - clock.receiving), was_idle=was_idle)
         if self._trace is not None:
             self._trace.write(returned.outcomes, step.num_rows, step.num_samples, self._heard_at)
-        self._emit(self._scheduler.learn(returned.outcomes[-1]))
+        self._news += scheduler.learn(returned.outcomes[-1])
 
     def _expire(self) -> None:
         """What time alone brings about."""
         if self._scheduler is None:
             return
-        self._emit(self._scheduler.expire())
+        self._news += self._scheduler.expire()
         now = self._clock()
         if not self._ready.is_set():
             if self._listeners and now >= self._lost_at + self._settings.start_timeout_s:
@@ -267,21 +270,31 @@ class Engine:
             # A step waits for those before it, each of which may take its time.
             self._chain.send(step, self._settings.step_timeout_s * scheduler.num_in_flight)
 
-    def _emit(self, emissions: list[Emission]) -> None:
-        for emission in emissions:
-            try:
-                self._listeners[emission.request_id](emission)
-            except Exception:
-                self._log.exception("a listener failed: its request %s is cancelled", emission.request_id)
-                self.cancel(emission.request_id)
-        for emission in emissions:  # only now: sequences of one request may end together
-            if emission.finish_reason is not None and emission.request_id not in self._scheduler:
+    def _tell(self) -> None:
+        """Hand the news to their listeners."""
+        news, self._news = self._news, []
+        for emission in news:
+            self._call(self._listeners[emission.request_id], emission)
+        for emission in news:  # only now: sequences of one request may end together
+            if emission.finish_reason is not None and self._scheduler is not None and emission.request_id not in self._scheduler:
                 self._listeners.pop(emission.request_id, None)
+
+    def _call(self, listener: Listener, emission: Emission) -> None:
+        try:
+            listener(emission)
+        except Exception:
+            self._log.exception("a listener failed: its request %s is cancelled", emission.request_id)
+            self.cancel(emission.request_id)
+
+    def _turn_down(self, request: Request, listener: Listener, refusal: Refusal) -> None:
+        """End a request that the scheduler does not have."""
+        for index in range(request.sampling.n):
+            self._call(listener, Emission(request_id=request.id, index=index, finish_reason="error", error=refusal))
 
     def _end_all(self, error: Exception) -> None:
         """Every request ends with `error`, also those that the scheduler has not seen."""
         if self._scheduler is not None:
-            self._emit(self._scheduler.fail_all(error))
+            self._news += self._scheduler.fail_all(error)
 
     def _observe(self) -> None:
         if self._scheduler is not None:
@@ -291,9 +304,11 @@ class Engine:
 
     # ---- epochs
 
-    def _break(self, error: Exception) -> None:
-        """The epoch is over: what it computed and did not answer is computed again in the next."""
-        self._log.warning("epoch %d broke: %s", self._scheduler.epoch, error)
+    def _break(self, epoch: int, error: Exception) -> None:
+        """End the epoch, if it lives: what it has not answered is computed again in the next."""
+        if self._live(epoch) is None:
+            return
+        self._log.warning("epoch %d broke: %s", epoch, error)
         self.stats.faults += 1
         self._ready.clear()
         self._fault = error
@@ -301,8 +316,10 @@ class Engine:
         self._chain.abandon()
         self._connect()
 
-    def _lives(self, epoch: int) -> bool:
-        return self._ready.is_set() and self._scheduler is not None and self._scheduler.epoch == epoch
+    def _live(self, epoch: int) -> Scheduler | None:
+        """The scheduler, where the epoch is its own and not broken."""
+        scheduler = self._scheduler
+        return scheduler if scheduler is not None and self._ready.is_set() and scheduler.epoch == epoch else None
 
     def _connect(self) -> None:
         """A thread of its own waits for the stages, so that this one can go on ending requests."""
@@ -318,7 +335,7 @@ class Engine:
                 return
             self._scheduler = Scheduler(limits, self._clock, self.stats, epoch)
         else:
-            self._emit(self._scheduler.restart(epoch, num_pages, self._fault))
+            self._news += self._scheduler.restart(epoch, num_pages, self._fault)
         self._idle_sent.clear()
         self.stats.epochs += 1
         self._log.info("epoch %d: %d stages, %d pages", epoch, len(self._chain.states), num_pages)

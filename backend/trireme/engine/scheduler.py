@@ -567,7 +567,7 @@ class Scheduler:
 
     def _enqueue(self, sequence: Sequence) -> None:
         sequence.state = State.WAITING
-        sequence.slot, sequence.pages, sequence.num_named = -1, [], 0
+        sequence.slot, sequence.pages = -1, []
         self._waiting.push(sequence)
 
 

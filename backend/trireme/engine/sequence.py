@@ -84,7 +84,9 @@ class Sequence:
         self.names: list[bytes] = []  # of the log's full pages, as far as computed
         self.num_named = 0  # pages of this residence that reuse can see
         self.num_cached: int | None = None  # prompt tokens reused when it first ran
-        self.prompt_logprobs: list[Logprobs | None] | None = None if self.sampling.prompt_logprobs is None else [None] * self.prompt_len
+        self.prompt_logprobs: list[Logprobs | None] | None = None  # filled chunk by chunk, emitted with the first token
+        if self.sampling.prompt_logprobs is not None:
+            self.prompt_logprobs = [None] * self.prompt_len
         self.emitted_at = 0.0  # clock seconds of the last token
         self.furthest = 0  # tokens ever computed by a step that returned
         self.furthest_at_strike = -1
