@@ -86,7 +86,7 @@ class Sequence:
         self.num_cached: int | None = None  # prompt tokens reused when it first ran
         self.prompt_logprobs: list[Logprobs | None] | None = None  # filled chunk by chunk, emitted with the first token
         if self.sampling.prompt_logprobs is not None:
-            self.prompt_logprobs = [None] * self.prompt_len
+            self.prompt_logprobs = [None for _ in request.prompt]
         self.emitted_at = 0.0  # clock seconds of the last token
         self.furthest = 0  # tokens ever computed by a step that returned
         self.furthest_at_strike = -1
