@@ -1,1 +1,1 @@
-"""Ops: one folder each, with a signature, a PyTorch reference that is its definition, and faster implementations that say where they fit."""
+"""Ops: one folder each, with a signature, a PyTorch reference that is its definition, and faster implementations where they fit."""

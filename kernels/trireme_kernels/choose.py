@@ -99,4 +99,6 @@ class Choices:
             for (op, sizes), choice in self._made.items()
         ]
         widths = [max((len(row[column]) for row in rows), default=0) for column in range(3)]
-        return "\n".join("  ".join((*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3])).rstrip() for row in rows)
+        return "\n".join(
+            "  ".join((*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3])).rstrip() for row in rows
+        )

@@ -19,7 +19,9 @@ BENCHES = tuple(Case("cpu", torch.float32, {"hidden": 576, "rows": rows}) for ro
 
 def inputs(case: Case, seed: int) -> tuple[Tensor, Tensor, Tensor, float]:
     rows, hidden, draw = case.sizes["rows"], case.sizes["hidden"], torch.Generator().manual_seed(seed)
-    x, residual, weight = (torch.randn(*shape, generator=draw).to(case.device, case.dtype) for shape in ((rows, hidden), (rows, hidden), (hidden,)))
+    x, residual, weight = (
+        torch.randn(*shape, generator=draw).to(case.device, case.dtype) for shape in ((rows, hidden), (rows, hidden), (hidden,))
+    )
     return x, residual, weight, 1e-5
 
 

@@ -59,7 +59,9 @@ class Reference:
         order = np.concatenate([group.rows.ravel() for group in groups]) if groups else np.empty(0, np.int64)
         back = np.empty(int(np.sum(query_lens)), np.int64)
         back[order] = np.arange(len(order))  # a padded row repeats a row of its item, so any of its copies will do
-        return _Plan(self._tensor(order), [group.rows.size for group in groups], [self._dense(group) for group in groups], self._tensor(back))
+        return _Plan(
+            self._tensor(order), [group.rows.size for group in groups], [self._dense(group) for group in groups], self._tensor(back)
+        )
 
     def _dense(self, group: Group) -> _Dense:
         num_items, num_queries = group.rows.shape

@@ -4,6 +4,8 @@ One program holds a block of an item's queries, for all query heads of one kv he
 a running softmax. Long decodes are not split over programs.
 """
 
+# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false  (launches are untyped)
+
 from __future__ import annotations
 
 from typing import NamedTuple

@@ -38,5 +38,5 @@ def inputs(case: Case, seed: int) -> tuple[Any, ...]:
 def results(op: QkRopeWrite, inputs: tuple) -> tuple[Tensor, ...]:
     """All that the op computes: q, and the pools that it wrote."""
     *before, k_pool, v_pool, pages = inputs
-    k_pool, v_pool = (pool.transpose(0, 1).clone().transpose(0, 1) for pool in (k_pool, v_pool))
-    return op(*before, k_pool, v_pool, pages), k_pool, v_pool
+    pools = [pool.transpose(0, 1).clone().transpose(0, 1) for pool in (k_pool, v_pool)]
+    return (op(*before, *pools, pages), *pools)

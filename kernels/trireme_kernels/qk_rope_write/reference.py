@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from trireme_kernels.case import Case
 from trireme_kernels.qk_rope_write.op import QkRopeWrite
+from trireme_kernels.rms_norm.reference import rms_norm
 
 
 def fits(case: Case) -> str | None:
@@ -32,9 +32,9 @@ def qk_rope_write(
     pages: Tensor,  # [T]
 ) -> Tensor:  # [T, Hq, D]
     if q_norm is not None:
-        q = F.rms_norm(q, q_norm.shape, q_norm, eps)
+        q = rms_norm(q, q_norm, eps)
     if k_norm is not None:
-        k = F.rms_norm(k, k_norm.shape, k_norm, eps)
+        k = rms_norm(k, k_norm, eps)
     cos, sin = cos_sin.index_select(0, positions).unsqueeze(1).chunk(2, dim=-1)
     cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
     size = k_pool.shape[2]

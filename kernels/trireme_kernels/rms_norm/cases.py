@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trireme_kernels.rms_norm.op import RmsNorm
 from trireme_kernels.case import Case
+from trireme_kernels.rms_norm.op import RmsNorm
 
 CASES = (
     Case("cpu", torch.float32, {"hidden": 576, "rows": 5}),

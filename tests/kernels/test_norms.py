@@ -1,0 +1,49 @@
+"""rms_norm, add_rms_norm and silu_mul against transformers' Llama, bit for bit where one rounding order is promised."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers.models.llama.configuration_llama import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+
+from trireme_kernels.choose import Choices
+
+TYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture
+def draw():
+    return torch.Generator().manual_seed(3)
+
+
+def norm_of(hidden, dtype, draw):
+    norm = LlamaRMSNorm(hidden, eps=1e-5).to(dtype)
+    norm.weight.data = torch.randn(hidden, generator=draw).to(dtype)
+    return norm.requires_grad_(False)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_rms_norm_is_llamas(dtype, draw):
+    x, norm = torch.randn(7, 96, generator=draw).to(dtype), norm_of(96, dtype, draw)
+    found = Choices("cpu", dtype)("rms_norm")(x, norm.weight, 1e-5)
+    torch.testing.assert_close(found, norm(x), rtol=1e-6 if dtype == torch.float32 else 0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_add_rms_norm_norms_the_rounded_sum(dtype, draw):
+    x, residual = torch.randn(2, 7, 96, generator=draw).to(dtype)
+    choices, weight = Choices("cpu", dtype), torch.randn(96, generator=draw).to(dtype)
+    before = residual.clone()
+    normed, total = choices("add_rms_norm")(x, residual, weight, 1e-5)
+    assert torch.equal(total, x + residual)
+    assert torch.equal(normed, choices("rms_norm")(total, weight, 1e-5)), "as on a stage that receives the sum"
+    assert torch.equal(residual, before), "inputs are left alone"
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_silu_mul_is_llamas(dtype, draw):
+    mlp = LlamaMLP(LlamaConfig(hidden_size=16, intermediate_size=40, num_attention_heads=2)).to(dtype).requires_grad_(False)
+    x = torch.randn(5, 16, generator=draw).to(dtype)
+    gate_up = torch.cat((mlp.gate_proj(x), mlp.up_proj(x)), dim=-1)
+    assert torch.equal(mlp.down_proj(Choices("cpu", dtype)("silu_mul")(gate_up)), mlp(x))
