@@ -23,31 +23,36 @@ _QUESTION = "What is the capital of France, and what is it known for?"
 
 _CURL = """\
 curl -s http://127.0.0.1:{http}/v2/models/llm/generate -d '{{
-  "messages": "[{{\\"role\\": \\"user\\", \\"content\\": \\"Name three primary colours.\\"}}]",
-  "max_tokens": 48, "temperature": 0}}'"""
+  "messages": "[{{\\"role\\": \\"user\\", \\"content\\": \\"Name a fruit.\\"}}]",
+  "max_tokens": 32, "temperature": 0}}'"""
 
 _PYTHON = """\
 import queue
 import numpy as np
 import tritonclient.grpc as grpc
 
-client, pieces = grpc.InferenceServerClient("127.0.0.1:{grpc}"), queue.Queue()
-client.start_stream(lambda result, error: pieces.put((result, error)))
-values = {{"text_input": ("BYTES", b"The three states of water are"), "stream": ("BOOL", True),
-          "max_tokens": ("INT32", 24), "temperature": ("FP32", 0.0)}}
-inputs = []
-for name, (kind, value) in values.items():
-    inputs.append(grpc.InferInput(name, [1], kind))
-    inputs[-1].set_data_from_numpy(np.array([value], dtype={{"BYTES": object, "BOOL": bool, "INT32": "int32", "FP32": "float32"}}[kind]))
+def tensor(name, kind, value):
+    made = grpc.InferInput(name, [1], kind)
+    made.set_data_from_numpy(np.array([value], dtype=object if kind == "BYTES" else bool))
+    return made
+
+client = grpc.InferenceServerClient("127.0.0.1:{grpc}")
+answers = queue.Queue()
+client.start_stream(lambda result, error: answers.put((result, error)))
+inputs = [
+    tensor("text_input", "BYTES", "Water boils at"),
+    tensor("stream", "BOOL", True),
+    tensor("sampling_parameters", "BYTES", '{{"max_tokens": 24, "temperature": 0}}'),
+]
 client.async_stream_infer("llm", inputs, enable_empty_final_response=True)
-while True:
-    result, error = pieces.get()
+final = False
+while not final:
+    result, error = answers.get()
     if error:
         raise error
-    if result.as_numpy("text_output") is not None:
-        print(result.as_numpy("text_output")[0].decode(), end="", flush=True)
-    if result.get_response().parameters["triton_final_response"].bool_param:
-        break
+    for text in result.as_numpy("text_output") if result.get_response().outputs else []:
+        print(text.decode(), end="", flush=True)
+    final = result.get_response().parameters["triton_final_response"].bool_param
 client.stop_stream()
 print()"""
 
@@ -66,7 +71,7 @@ def demo() -> None:
             backend_dir=backend_directory(),
             ports=_ports(),
             log=file,
-            say=lambda news: status.update(f"starting tritonserver: {news}"),
+            news=lambda reason: status.update(f"starting tritonserver: {reason}"),
         )
         with supervisor:
             status.stop()
@@ -88,7 +93,7 @@ def _show(console: Console, ports: Ports) -> None:
     ):
         text = code.format(http=ports.http, grpc=ports.grpc)
         console.print(f"\n[bold]{title}[/bold]")
-        console.print(Syntax(text, lexer, background_color="default", word_wrap=True))
+        console.print(Syntax(text, lexer, background_color="default", word_wrap=False))
         console.print("[dim]answers[/dim]")
         subprocess.run([*argv, text], check=True)
 

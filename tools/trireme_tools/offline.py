@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
+from rich.console import Console
 
 from trireme.core.request import Emission, Request, Sampling
 from trireme.core.settings import Settings
@@ -24,13 +25,15 @@ from trireme_tools.workload import Ask
 @contextlib.contextmanager
 def running(settings: Settings) -> Iterator[Engine]:
     """An engine whose stages are ready. Refusal where they do not get ready. Nothing is left at the end."""
+    os.environ.setdefault("TRIREME_LOG", "WARNING")  # of this process and the ranks: the verbs say themselves what there is to say
     max_model_len = settings.max_model_len or read_spec(Path(settings.model)).max_position_embeddings
     stages = LocalStages(settings, Path(tempfile.gettempdir(), f"trireme-{os.getuid()}", str(os.getpid())))
     engine = Engine(settings, max_model_len=max_model_len, stages=stages)
     stages.start()
     engine.start()
     try:
-        engine.wait_ready(settings.start_timeout_s)
+        with Console(stderr=True).status(f"starting {settings.num_stages} stage(s) of {Path(settings.model).name}"):
+            engine.wait_ready(settings.start_timeout_s)
         yield engine
     finally:
         engine.stop()

@@ -27,7 +27,7 @@ def plot_load(records: Sequence[Record], report: dict[str, Any], path: Path) -> 
     ):
         _distribution(axes, np.sort(np.asarray(values)) * 1e3, title)
     arrivals = np.sort(np.concatenate([record.arrivals for record in good])) if good else np.zeros(0)
-    edges = np.linspace(0, max(report["trireme"]["seconds"], 1e-9), 61)
+    edges = np.linspace(0, max(report["trireme"]["seconds"], 1e-9), 31)
     rate.stairs(np.histogram(arrivals, edges)[0] / np.diff(edges), edges, fill=True, color=_PALE, edgecolor=_ACCENT)
     mean = report["trireme"]["output_tokens_per_s"]
     rate.axhline(mean, color=_ACCENT, label=f"trireme {mean:.1f} tok/s")

@@ -50,7 +50,7 @@ def serve(
         try:
             supervisor.start()
             if supervisor.wait_ready():
-                print(ready_line(supervisor, time.monotonic() - began), flush=True)
+                print(f"{ready_line(supervisor, time.monotonic() - began)}; Ctrl-C stops", flush=True)
             supervisor.watch()
             crashed = not supervisor.stopping
         finally:
@@ -96,5 +96,5 @@ def ready_line(supervisor: Supervisor, seconds: float) -> str:
     ports, settings = supervisor.ports, supervisor.settings
     return (
         f"trireme ready in {seconds:.1f} s: {Path(settings.model).name} as {FRONT} (pp={settings.num_stages}, link={settings.link}) "
-        f"on http {ports.address}:{ports.http}, grpc {ports.address}:{ports.grpc}, metrics {ports.address}:{ports.metrics}; Ctrl-C stops"
+        f"on http {ports.address}:{ports.http}, grpc {ports.address}:{ports.grpc}, metrics {ports.address}:{ports.metrics}"
     )

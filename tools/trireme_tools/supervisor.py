@@ -44,7 +44,8 @@ class Supervisor:
     backend_dir: Path
     ports: Ports = field(default_factory=Ports)
     log: IO | None = None  # where the server's output goes; None: this process' own
-    say: Callable[[str], None] = print
+    say: Callable[[str], None] = print  # what the supervisor does
+    news: Callable[[str], None] = lambda reason: None  # why the front does not answer yet, as it changes (the server logs it too)
     server: subprocess.Popen | None = field(default=None, init=False)
     _shm_prefix: str = field(default="", init=False)
     stopping: bool = field(default=False, init=False)
@@ -63,6 +64,7 @@ class Supervisor:
 
     def start(self) -> None:
         """Starts the server and returns. Refusal for what would make it hang or fail later."""
+        sweep_run_folders()
         check_libraries(self.home)
         check_ports(self.ports)
         lay_out(self.home, self.backend_dir)
@@ -91,18 +93,19 @@ class Supervisor:
         """True when the front has answered a request of one token, False where a stop was asked first. Refusal where the
         server ended or took too long."""
         deadline, reason = time.monotonic() + self.settings.start_timeout_s, ""
-        while (news := self._unready()) is not None:
+        while (found := self._unready()) is not None:
             if self.stopping:
                 return False
             if self.server is None or self.server.poll() is not None:
-                raise Refusal("the server ended while starting", why=reason or "see its output above", kind="unavailable")
+                code = self.server and self.server.returncode
+                raise Refusal(f"the server ended while starting, exit code {code}", why=reason, fix="see its output", kind="unavailable")
             if time.monotonic() > deadline:
                 raise Refusal(
-                    f"not ready after {self.settings.start_timeout_s:.0f} s", why=news, fix="raise --start-timeout-s", kind="unavailable"
+                    f"not ready after {self.settings.start_timeout_s:.0f} s", why=found, fix="raise --start-timeout-s", kind="unavailable"
                 )
-            if news != reason:
-                self.say(news)
-                reason = news
+            if found != reason:
+                self.news(found)
+                reason = found
             time.sleep(_POLL_S)
         return True
 
@@ -199,6 +202,13 @@ def thread_pool(settings: Settings) -> int:
 def run_folder(server_pid: int) -> Path:
     """What the stubs of one server share (sockets): as serve/place has it, seen from outside."""
     return Path(tempfile.gettempdir(), f"trireme-{os.getuid()}", str(server_pid))
+
+
+def sweep_run_folders() -> None:
+    """Removes those of servers that are gone: killed, or stopped without a supervisor."""
+    for folder in run_folder(0).parent.glob("[0-9]*"):
+        if not psutil.pid_exists(int(folder.name)):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_ports(ports: Ports) -> None:
