@@ -1,6 +1,6 @@
 """add_rms_norm in the Triton language: one program a row, one read and one write of each row."""
 
-# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false  (launches are untyped)
+# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 
 from __future__ import annotations
 

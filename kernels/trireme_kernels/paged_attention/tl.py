@@ -4,7 +4,7 @@ One program holds a block of an item's queries, for all query heads of one kv he
 a running softmax. Long decodes are not split over programs.
 """
 
-# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false  (launches are untyped)
+# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 
 from __future__ import annotations
 

@@ -35,8 +35,7 @@ def inputs(case: Case, seed: int) -> tuple[Any, ...]:
     return (q, k, v, cos_sin, positions, *norms, 1e-6, *pools, pages)
 
 
-def results(op: QkRopeWrite, inputs: tuple) -> tuple[Tensor, ...]:
+def results(op: QkRopeWrite, inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
     """All that the op computes: q, and the pools that it wrote."""
-    *before, k_pool, v_pool, pages = inputs
-    pools = [pool.transpose(0, 1).clone().transpose(0, 1) for pool in (k_pool, v_pool)]
-    return (op(*before, *pools, pages), *pools)
+    pools = [pool.transpose(0, 1).clone().transpose(0, 1) for pool in inputs[8:10]]
+    return (op(*inputs[:8], *pools, inputs[10]), *pools)

@@ -1,6 +1,6 @@
 """qk_rope_write in the Triton language: one program a row and head; q, k and v heads in one launch."""
 
-# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false  (launches are untyped)
+# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 
 from __future__ import annotations
 

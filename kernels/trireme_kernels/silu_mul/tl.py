@@ -1,6 +1,6 @@
 """silu_mul in the Triton language: a grid of rows and column blocks."""
 
-# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false  (launches are untyped)
+# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 
 from __future__ import annotations
 
