@@ -37,5 +37,6 @@ def inputs(case: Case, seed: int) -> tuple[Any, ...]:
 
 def results(op: QkRopeWrite, inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
     """All that the op computes: q, and the pools that it wrote."""
-    pools = [pool.transpose(0, 1).clone().transpose(0, 1) for pool in inputs[8:10]]
-    return (op(*inputs[:8], *pools, inputs[10]), *pools)
+    fresh = list(inputs)
+    fresh[8:10] = pools = [pool.transpose(0, 1).clone().transpose(0, 1) for pool in inputs[8:10]]
+    return (op(*fresh), *pools)
