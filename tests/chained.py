@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
 from trireme.core.batch import Batch
 from trireme.core.step import PAGE
 from trireme.layers.block import Build

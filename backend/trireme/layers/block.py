@@ -4,23 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from trireme_kernels.choose import Choices
 
 from trireme.core.batch import Batch
 from trireme.core.step import PAGE
 from trireme.layers.param import Param
 from trireme.layers.rope import cos_sin
+from trireme.models.spec import Spec
 from trireme.parallel.layout import Layout, lay
 from trireme.parallel.mesh import Mesh
 from trireme.parallel.plan import Plan
 from trireme.parallel.seam import Collective
-
-if TYPE_CHECKING:
-    from trireme.models.spec import Spec
+from trireme_kernels.choose import Choices
 
 
 @dataclass(frozen=True)

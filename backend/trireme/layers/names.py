@@ -6,8 +6,9 @@
 
 A line is `pattern -> target`, and a pattern names a tensor, or a module whose `.weight` and `.bias` follow it to the target.
 `{i}` is a layer's number, `{a,b}` one of several words, `*` anything. `join` lists the words in the order in which their
-rows stand in the parameter. `tie` names the module that this one's tensors are in checkpoints with tied embeddings; its
-own are then passed over. `nothing` passes a tensor over: it is computed here, or not needed.
+rows stand in the parameter. `tie` names the module whose tensors are read in its place from checkpoints with tied
+embeddings; should such a checkpoint have its own all the same, they must be equal. `nothing` passes a tensor over: it is
+computed here, or not needed.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ class Match(NamedTuple):
     target: str
     part: int = 0
     layer: int | None = None
+    twin: str | None = None  # with NOTHING: the tensor that it must equal
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Rule:
             return None
         groups = found.groupdict()
         if self.target == NOTHING:
-            return Match(NOTHING)
+            return Match(NOTHING, twin=self.tie and self.tie + (groups["leaf"] or ""))
         layer = groups.get("i")
         return Match(
             target=self.target.replace("{i}", layer or "") + (groups["leaf"] or ""),
@@ -64,7 +66,7 @@ class Names:
         """The table of a checkpoint whose embeddings are tied: what `tie` names feeds both targets."""
         rules = []
         for rule in self.rules:
-            rules.append(rule if rule.tie is None else Rule(rule.pattern, NOTHING))
+            rules.append(rule if rule.tie is None else Rule(rule.pattern, NOTHING, tie=rule.tie))
             if rule.tie is not None:
                 rules.append(Rule(rule.tie, rule.target))
         return Names(tuple(rules))

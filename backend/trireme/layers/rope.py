@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    from trireme.models.spec import Rope
+from trireme.models.spec import Rope
 
 
 def cos_sin(rope: Rope, head_dim: int, length: int) -> torch.Tensor:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING
 
 from trireme.core.refusal import Refusal
-
-if TYPE_CHECKING:
-    from trireme.models.spec import Spec
+from trireme.models.spec import Spec
 
 
 def layer_params(spec: Spec) -> int:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trireme.core.refusal import Refusal
-from trireme.models import cost
 
 # What transformers assumes where a config is silent, and what a family fixes in code.
 _FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
@@ -65,10 +64,6 @@ class Spec:
     @property
     def item_bytes(self) -> int:
         return _ITEM_BYTES[self.dtype]
-
-    def cut_layers(self, num_stages: int) -> list[int]:
-        """Layers of each stage, by the cost model."""
-        return cost.cut_layers(self, num_stages)
 
 
 def read_spec(model_dir: str | Path) -> Spec:

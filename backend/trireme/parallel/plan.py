@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 from trireme.core.refusal import Refusal
 from trireme.core.settings import Settings
-
-
-class Cuttable(Protocol):
-    """What a plan asks of a checkpoint (`models.spec.Spec`)."""
-
-    @property
-    def num_layers(self) -> int: ...
-
-    def cut_layers(self, num_stages: int) -> list[int]: ...
+from trireme.models.cost import cut_layers
+from trireme.models.spec import Spec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +60,7 @@ class Plan:
         return range(start, start + self.layer_cut[stage])
 
     @classmethod
-    def of(cls, settings: Settings, spec: Cuttable) -> Plan:
+    def of(cls, settings: Settings, spec: Spec) -> Plan:
         """The plan that settings ask for. Refusal where the checkpoint cannot be spread so."""
         if settings.tensor_parallel_size != 1:
             raise Refusal(
@@ -78,11 +70,11 @@ class Plan:
             )
         num_stages, cut = settings.pipeline_parallel_size, settings.layer_cut
         if cut is None:
-            return cls(layer_cut=tuple(spec.cut_layers(num_stages)))
-        if len(cut) != num_stages or sum(cut) != spec.num_layers or min(cut) < 1:
+            return cls(layer_cut=tuple(cut_layers(spec, num_stages)))
+        if sum(cut) != spec.num_layers or min(cut) < 1:
             raise Refusal(
                 f"layer_cut={cut} does not cut {spec.num_layers} layers into {num_stages} stages",
                 why="it names the layers of every stage, at least one each",
-                fix=f"use layer_cut={spec.cut_layers(num_stages)}, or leave it out",
+                fix=f"use layer_cut={cut_layers(spec, num_stages)}, or leave it out",
             )
         return cls(layer_cut=tuple(cut))

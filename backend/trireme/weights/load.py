@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from trireme.core.refusal import Refusal
 from trireme.models.decoder import Decoder
 from trireme.models.spec import Spec
 from trireme.parallel.plan import Plan
@@ -39,6 +40,7 @@ def load(decoder: Decoder, spec: Spec, plan: Plan, stage: int, model_dir: str | 
     params = dict(decoder.params())
     with Checkpoint(model_dir) as checkpoint:
         sorting = sort(checkpoint.tensors, decoder, spec.num_layers)
+        _refuse_other_twins(checkpoint, sorting)
         pieces = [(use, params[use.target].piece(use.part)) for use in sorting.uses]
         to_read = sum(checkpoint.tensors[use.tensor].rows_bytes(piece.dim, piece.source) for use, piece in pieces)
         filled, read_bytes = Counter(), 0
@@ -55,6 +57,17 @@ def load(decoder: Decoder, spec: Spec, plan: Plan, stage: int, model_dir: str | 
         assert filled[name] == param.nbytes, f"{name}: {filled[name]} of {param.nbytes} bytes filled"
     decoder.prepare()
     return manifest
+
+
+def _refuse_other_twins(checkpoint: Checkpoint, sorting: Sorting) -> None:
+    for name, twin in sorting.twins:
+        one, other = (checkpoint.read(each, 0, range(checkpoint.tensors[each].shape[0])) for each in (name, twin))
+        if not torch.equal(one, other):
+            raise Refusal(
+                f"config.json ties {name} to {twin}, but the checkpoint has both and they differ",
+                why="one of them would be left out",
+                fix="set tie_word_embeddings to false in config.json if the head is its own",
+            )
 
 
 def _account(checkpoint: Checkpoint, sorting: Sorting, read_bytes: int, param_bytes: int) -> Manifest:

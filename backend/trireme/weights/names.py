@@ -29,6 +29,7 @@ class Sorting:
     uses: tuple[Use, ...]
     elsewhere: tuple[str, ...]  # other stages'
     dropped: tuple[str, ...]  # the table says `nothing`
+    twins: tuple[tuple[str, str], ...]  # dropped tensors, and what each must equal
 
     @property
     def used(self) -> tuple[str, ...]:
@@ -39,7 +40,7 @@ def sort(tensors: Mapping[str, Stored], decoder: Decoder, num_layers: int) -> So
     """Refusal, with names, where a tensor is left over, a part of a parameter is missing or filled twice, or a shape differs."""
     params, blocks = dict(decoder.params()), decoder.block_names
     uses: list[Use] = []
-    elsewhere, dropped, left_over = [], [], []
+    elsewhere, dropped, twins, left_over = [], [], [], []
     for name in tensors:
         matches = decoder.names.find(name)
         here = [Use(name, match.target, match.part) for match in matches if match.target in params]
@@ -50,12 +51,13 @@ def sort(tensors: Mapping[str, Stored], decoder: Decoder, num_layers: int) -> So
             elsewhere.append(name)
         elif any(match.target == NOTHING for match in matches):
             dropped.append(name)
+            twins += [(name, match.twin) for match in matches if match.twin in tensors]
         else:
             left_over.append(name)
     _refuse_left_over(left_over)
     _refuse_unfilled(uses, params)
     _refuse_misshapen(uses, params, tensors)
-    return Sorting(tuple(uses), tuple(elsewhere), tuple(dropped))
+    return Sorting(tuple(uses), tuple(elsewhere), tuple(dropped), tuple(twins))
 
 
 def _is_elsewhere(match: Match, blocks: tuple[str, ...], num_layers: int) -> bool:

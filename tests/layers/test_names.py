@@ -1,0 +1,55 @@
+"""The name-table language."""
+
+from __future__ import annotations
+
+import pytest
+
+from trireme.layers.names import NOTHING, Match, table
+from trireme.models import qwen3
+from trireme.models.decoder import DENSE_NAMES
+
+NAMES = table("""
+  model.embed_tokens                      -> embed
+  layers.{i}.{q,k,v}_proj                 -> layers.{i}.attn.qkv   join q k v
+  layers.{i}.norm.weight                  -> layers.{i}.attn.norm
+  lm_head                                 -> head.proj             tie model.embed_tokens
+  *.inv_freq                              -> nothing
+""")
+
+
+def test_a_module_carries_its_weight_and_bias():
+    assert NAMES.find("layers.12.k_proj.bias") == [Match("layers.12.attn.qkv.bias", 1, 12)]
+    assert NAMES.find("layers.3.q_proj.weight") == [Match("layers.3.attn.qkv.weight", 0, 3)]
+
+
+def test_a_tensor_may_be_named_itself():
+    assert NAMES.find("layers.0.norm.weight") == [Match("layers.0.attn.norm", 0, 0)]
+    assert NAMES.find("layers.0.norm.bias") == []
+
+
+@pytest.mark.parametrize("name", ["layers.x.q_proj.weight", "layers.0.o_proj.weight", "xlm_head.weight", "lm_head.weight.scale"])
+def test_other_names_are_not_known(name: str):
+    assert NAMES.find(name) == []
+
+
+def test_nothing_and_any_prefix():
+    assert NAMES.find("model.layers.7.rotary.inv_freq") == [Match(NOTHING)]
+
+
+def test_a_tied_checkpoint_feeds_both_ends():
+    assert NAMES.find("lm_head.weight") == [Match("head.proj.weight")]
+    assert NAMES.find("model.embed_tokens.weight") == [Match("embed.weight")]
+    tied = NAMES.tied()
+    assert tied.find("lm_head.weight") == [Match(NOTHING, twin="model.embed_tokens.weight")]
+    assert tied.find("model.embed_tokens.weight") == [Match("embed.weight"), Match("head.proj.weight")]
+
+
+def test_a_table_is_a_sum_of_lines():
+    assert qwen3.NAMES.rules[: len(DENSE_NAMES.rules)] == DENSE_NAMES.rules
+    assert qwen3.NAMES.find("model.layers.1.self_attn.q_norm.weight") == [Match("layers.1.attn.q_norm", 0, 1)]
+
+
+@pytest.mark.parametrize("line", ["a = b", "a -> b glue c"])
+def test_a_line_that_is_none_is_our_fault(line: str):
+    with pytest.raises(AssertionError):
+        table(line)

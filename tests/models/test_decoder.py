@@ -1,0 +1,123 @@
+"""Decoders against transformers, float32: whole prompts, chunks, single steps, mixed steps, one to three stages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from chained import Chained, build_decoder
+from tiny import greedy_tokens, prompt_logits, random_prompts, tiny_checkpoint
+from trireme.models.decoder import Decoder
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+SLIDING = {"use_sliding_window": True, "sliding_window": 21, "max_window_layers": 2}
+
+CHECKPOINTS = {
+    "llama": ("llama", {}),
+    "llama tied": ("llama", {"tie_word_embeddings": True}),
+    "llama biased": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama wide heads": ("llama", {"head_dim": 14, "num_key_value_heads": 1}),
+    "llama linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 3.0}}),
+    "llama dynamic": ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}}),
+    "llama llama3": ("llama", {"rope_parameters": LLAMA3}),
+    "qwen2": ("qwen2", {}),
+    "qwen2 tied": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen2 yarn": ("qwen2", {"rope_parameters": YARN}),
+    "qwen2 sliding": ("qwen2", SLIDING),
+    "qwen3": ("qwen3", {}),
+    "qwen3 tied biased": ("qwen3", {"tie_word_embeddings": True, "attention_bias": True}),
+    "qwen3 sliding yarn": ("qwen3", {**SLIDING, "rope_parameters": {**YARN, "attention_factor": 1.1}}),
+}
+
+
+@pytest.fixture(scope="module", params=CHECKPOINTS)
+def checkpoint(request, tmp_path_factory) -> Path:
+    family, overrides = CHECKPOINTS[request.param]
+    return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"), family, **overrides)
+
+
+def test_logits_are_transformers(checkpoint: Path):
+    [prompt] = random_prompts([75])
+    logits = Chained(checkpoint, [5]).forward({0: prompt})
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, prompt_logits(checkpoint, prompt), atol=1e-4, rtol=0)
+
+
+def test_greedy_tokens_are_transformers(checkpoint: Path):
+    prompts = random_prompts([1, 17, 40])
+    chained = Chained(checkpoint, [3, 2])
+    ours = [chained.greedy(prompt, 24, sequence) for sequence, prompt in enumerate(prompts)]
+    assert ours == greedy_tokens(checkpoint, prompts, 24)
+
+
+@pytest.mark.parametrize("chunk", [1, 16, 23])
+def test_chunks_equal_the_whole(checkpoint: Path, chunk: int):
+    """With a chunk of one row this is decoding, step by step."""
+    [prompt] = random_prompts([48])
+    chained = Chained(checkpoint, [5])
+    whole = chained.forward({0: prompt})
+    chunks = [chained.forward({1: prompt[start : start + chunk]}) for start in range(0, len(prompt), chunk)]
+    torch.testing.assert_close(torch.cat(chunks), whole, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("cut", [[3, 2], [1, 3, 1]])
+def test_stages_equal_one(checkpoint: Path, cut: list[int]):
+    [prompt] = random_prompts([40])
+    assert torch.equal(Chained(checkpoint, cut).forward({0: prompt}), Chained(checkpoint, [5]).forward({0: prompt}))
+
+
+def test_a_mixed_step_equals_lone_ones(checkpoint: Path):
+    """A decode, a prefill and a later chunk in one step, each as if alone."""
+    first, second, third = random_prompts([20, 33, 50])
+    alone, mixed = Chained(checkpoint, [2, 3]), Chained(checkpoint, [2, 3])
+    for chained in (alone, mixed):
+        chained.forward({0: first[:-1], 2: third[:30]})
+    together = mixed.forward({0: first[-1:], 1: second, 2: third[30:]}).split([1, 33, 20])
+    for sequence, (tokens, logits) in enumerate(zip((first[-1:], second, third[30:]), together, strict=True)):
+        torch.testing.assert_close(logits, alone.forward({sequence: tokens}), atol=2e-5, rtol=0)
+
+
+def test_only_the_asked_rows_reach_the_head(checkpoint: Path):
+    prompts = random_prompts([9, 14])
+    chained = Chained(checkpoint, [5])
+    whole = chained.forward(dict(enumerate(prompts)))
+    last = Chained(checkpoint, [5]).forward(dict(enumerate(prompts)), all_rows=False)
+    torch.testing.assert_close(last, whole[[8, 22]], atol=2e-5, rtol=0)
+
+
+@pytest.fixture
+def sliding(tmp_path: Path) -> Path:
+    return tiny_checkpoint(tmp_path, "qwen2", **SLIDING)
+
+
+def stage(checkpoint: Path, number: int) -> Decoder:
+    return build_decoder(checkpoint, [2, 3], number)
+
+
+def test_a_stage_has_its_blocks_and_nothing_else(sliding: Path):
+    first, last = stage(sliding, 0), stage(sliding, 1)
+    assert first.block_names == ("embed", "layers.0.attn", "layers.0.mlp", "layers.1.attn", "layers.1.mlp")
+    assert last.block_names[:2] == ("layers.2.attn", "layers.2.mlp") and last.block_names[-1] == "head"
+    assert (len(first.keeps), len(last.keeps)) == (2, 3)
+
+
+def test_attention_is_planned_once_for_each_window(sliding: Path):
+    lens, table = torch.tensor([4], dtype=torch.int32).numpy(), torch.zeros(1, 1, dtype=torch.int32).numpy()
+    plans = [set(stage(sliding, number).plan_attention(lens, lens, table)) for number in (0, 1)]
+    assert plans == [{0}, {21}]
+
+
+def test_bfloat16_runs(sliding: Path):
+    decoder = build_decoder(sliding, [5], 0, torch.bfloat16)
+    assert {param.dtype for _, param in decoder.params()} == {torch.bfloat16}
+    assert decoder.keeps[0].dtype == torch.bfloat16
