@@ -199,7 +199,7 @@ class Leader:
     def _end_epoch(self, kind: str, why: str) -> None:
         """Nothing computes on: held steps are refused, and ranks drop their groups so that no other stage waits for them.
         `kind` is what held steps are refused for; of a bad checksum only the first is guilty."""
-        if not self._order.is_over:
+        if not (self._order.is_over or self._ended):
             self._log.warning("epoch %d ended: %s", self._order.epoch, why)
         for place, call in enumerate(self._order.end(why)):
             self._refuse(call, "stale" if place and kind == "checksum" else kind, why)
