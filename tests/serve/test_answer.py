@@ -79,7 +79,9 @@ def test_counts_and_reason(text):
 
 @pytest.mark.parametrize("include", [False, True])
 def test_stop_string_across_tokens(text, include):
-    answer = make(text, stream=True, stop=("is Par",), include_stop_str_in_output=include, return_finish_reason=True, return_output_ids=True)
+    answer = make(
+        text, stream=True, stop=("is Par",), include_stop_str_in_output=include, return_finish_reason=True, return_output_ids=True
+    )
     tokens = text.encode("of France is Paris. user")
     found, out, ids = [], "", []
     for token in tokens:
@@ -144,7 +146,9 @@ def test_n_answers_streamed(text):
 
 def test_logprobs_in_the_schema_of_vllm(text):
     the, of = text.encode("the")[0], text.encode("of")[0]
-    answer = make(text, logprobs=1, return_logprobs=True, return_cumulative_logprob=True, return_log_probs=True, exclude_input_in_output=True)
+    answer = make(
+        text, logprobs=1, return_logprobs=True, return_cumulative_logprob=True, return_log_probs=True, exclude_input_in_output=True
+    )
     answer.take(emit([the], logprobs=[Logprobs(the, -1.5, 2, [of], [-0.5])]))
     answer.take(emit([of], "length", logprobs=[Logprobs(of, -0.25, 1, [of], [-0.25])]))
     outputs = answer.outputs()

@@ -11,7 +11,9 @@ import pytest
 from trireme.core.control import Parcel
 from trireme.serve.bls import BlsStages
 
-DEAD = RuntimeError("Failed to process the request(s) for model instance 'stage_0_0_0', message: Stub process 'stage_0_0_0' is not healthy.")
+DEAD = RuntimeError(
+    "Failed to process the request(s) for model instance 'stage_0_0_0', message: Stub process 'stage_0_0_0' is not healthy."
+)
 
 
 class Server:
@@ -41,7 +43,7 @@ def server():
 
 @pytest.fixture
 def stages(server):
-    stages = BlsStages(2, server.call, server.reload, num_threads=2)
+    stages = BlsStages(2, server.call, server.reload, num_threads=2, thread_pool=32)
     stages.start()
     yield stages
     for event in server.hung.values():
@@ -95,7 +97,7 @@ def test_a_slow_stage_is_left_alone(server, stages):
 
 
 def test_a_server_that_cannot_load(server):
-    stages = BlsStages(1, server.call, None, num_threads=1)
+    stages = BlsStages(1, server.call, None, num_threads=1, thread_pool=32)
     stages.start()
     stages.heal(0, DEAD)
     stages.stop()

@@ -17,7 +17,13 @@ def settings(**values):
 
 
 def test_flags_in_both_spellings():
-    words = ["tritonserver", "--model-control-mode=explicit", "--model-load-thread-count", "9", "--backend-config=python,thread-pool-size=64"]
+    words = [
+        "tritonserver",
+        "--model-control-mode=explicit",
+        "--model-load-thread-count",
+        "9",
+        "--backend-config=python,thread-pool-size=64",
+    ]
     assert ServerFlags.read(words) == ServerFlags(explicit=True, load_threads=9, thread_pool=64)
     words = ["tritonserver", "--backend-config", "python,thread-pool-size=48", "--backend-config=onnx,thread-pool-size=1"]
     assert ServerFlags.read(words) == ServerFlags(thread_pool=48)
@@ -49,7 +55,7 @@ def test_missing_checkpoint(tmp_path):
     with pytest.raises(Refusal, match=r"config.json is missing.*fetch-demo"):
         check_checkpoint(settings(model=str(tmp_path)))
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(Refusal, match="no .safetensors"):
+    with pytest.raises(Refusal, match=r"no \.safetensors"):
         check_checkpoint(settings(model=str(tmp_path)))
     check_checkpoint(settings(model=str(tmp_path), load_format="dummy"))
 

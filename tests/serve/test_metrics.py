@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 from trireme.core.control import RankState, StageState
 from trireme.engine.stats import Stats
-from trireme.serve.metrics import FAMILIES, Reporter, samples
+from trireme.serve.metrics import FAMILIES, Reporter, samples, stage_samples
 
 
 class Family:
@@ -33,12 +33,22 @@ class Family:
         return SimpleNamespace(increment=increment, set=assign)
 
 
-def test_report(monkeypatch):
+def test_report():
     Family.series = {}
     stats = Stats(num_stages=2)
     stages = SimpleNamespace(num_abandoned=1, num_reloads=0)
-    states = [StageState(0, "ready", ranks=[RankState(0, "ready")]), StageState(1, "healing", ranks=[RankState(0, "dead")], restarts=2)]
-    reporter = Reporter(Family, lambda: samples(stats, states, stages), stats, {"model": "llm", "version": "1"})
+    states = [
+        StageState(0, "ready", ranks=[RankState(0, "ready")]),
+        StageState(1, "healing", ranks=[RankState(0, "dead")], restarts=2),
+        None,
+    ]
+
+    def read():
+        yield from samples(stats, stages)
+        for stage, state in enumerate(states):
+            yield from stage_samples(stage, state)
+
+    reporter = Reporter(Family, read, stats, {"model": "llm", "version": "1"})
     stats.running, stats.generation_tokens = 3, 10
     stats.finished["stop"] += 2
     stats.observed.time_to_first_token.extend([0.004, 0.2, 100.0])
@@ -62,13 +72,18 @@ def test_report(monkeypatch):
     assert value("stage_ready", stage="0") == 1 and value("stage_ready", stage="1") == 0
     assert value("rank_state", stage="1", rank="0", state="dead") == 1
     assert value("stage_rank_restarts", stage="1") == 2
+    assert value("stage_ready", stage="2") == 0 and value("rank_state", stage="2", rank="0", state="dead") == 1
+    reporter.stop()
+    assert not reporter._metrics and not reporter._families
 
 
 def test_every_sample_has_a_family():
     stats = Stats(num_stages=1)
     stats.finished["stop"] += 1
-    states = [StageState(0, "ready", ranks=[RankState(0, "ready")])]
-    assert {sample.name for sample in samples(stats, states, SimpleNamespace(num_abandoned=0, num_reloads=0))} <= set(FAMILIES)
+    found = {sample.name for sample in samples(stats, SimpleNamespace(num_abandoned=0, num_reloads=0))}
+    found |= {sample.name for sample in stage_samples(0, StageState(0, "ready", ranks=[RankState(0, "ready")]))}
+    plain = {name for name in FAMILIES if not name.endswith(("_bucket", "_sum", "_count"))}
+    assert found == plain
 
 
 def test_a_server_without_metrics_stops_the_reporter():
@@ -77,8 +92,7 @@ def test_a_server_without_metrics_stops_the_reporter():
 
     refuse.GAUGE = refuse.COUNTER = 0
     stats = Stats()
-    reporter = Reporter(refuse, lambda: samples(stats, [], SimpleNamespace(num_abandoned=0, num_reloads=0)), stats, {})
-    reporter._run.__func__  # the thread's body ends by itself
+    reporter = Reporter(refuse, lambda: samples(stats, SimpleNamespace(num_abandoned=0, num_reloads=0)), stats, {})
     reporter.start()
     reporter._thread.join(5)
     assert not reporter._thread.is_alive()

@@ -1,4 +1,4 @@
-"""Reading requests: names of both worlds, precedence, coercion, refusals. Payloads of perf_analyzer and genai-perf stand in tests/server."""
+"""Reading requests: names of both worlds, precedence, coercion, refusals. Payloads of benchmark tools stand in tests/server."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """BlsStages: the engine's way to its stages, as requests from model to model inside the server (BLS), with deadlines of our own.
 
 A call to a stub that died never returns, and new ones fail after a second (both measured). So each call runs in a
-thread that may be given up: a spare one takes its place, and the lost ones are counted.
+thread that may be given up: a spare one takes its place, and the lost ones are counted. Each of them also keeps a thread
+of the server's pool (`thread-pool-size`), and delays the server's end until its exit timeout.
 """
 
 from __future__ import annotations
@@ -47,14 +48,22 @@ class BlsStages:
     """The engine's `Stages` over BLS.
 
     `call(model, parcel)` asks one model and waits. `reload(model)` unloads and loads it, or is None where the server
-    does not let models do so. As many calls as `num_threads` can be open at once.
+    does not let models do so. As many calls as `num_threads` can be open at once, of `thread_pool` in the server.
     """
 
-    def __init__(self, num_stages: int, call: Callable[[str, Parcel], Parcel], reload: Callable[[str], None] | None, *, num_threads: int):
+    def __init__(
+        self,
+        num_stages: int,
+        call: Callable[[str, Parcel], Parcel],
+        reload: Callable[[str], None] | None,
+        *,
+        num_threads: int,
+        thread_pool: int,
+    ):
         self.num_stages = num_stages
         self.num_abandoned = 0  # threads that wait for ever
         self.num_reloads = 0
-        self._call, self._reload, self._num_threads = call, reload, num_threads
+        self._call, self._reload, self._num_threads, self._thread_pool = call, reload, num_threads, thread_pool
         self._log = logger("front")
         self._queue: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
         self._open: set[_Call] = set()
@@ -107,6 +116,9 @@ class BlsStages:
             self._reload(name)
             self.num_reloads += 1
             self._log.warning("%s is loaded again", name)
+            if self.num_abandoned + 2 * self._num_threads > self._thread_pool:
+                lost = "%d calls to dead models hold threads of the server, which has %d (fix: start it again soon)"
+                self._log.error(lost, self.num_abandoned, self._thread_pool)
         except Exception as error:
             self._log.error("%s could not be loaded again: %s", name, error)
         finally:

@@ -8,12 +8,14 @@ cancel thread    asks the server which clients are gone (33 us each, measured: o
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import queue
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from trireme.core.control import Parcel
+from trireme.core.control import Parcel, StageState, Status, open_answer, pack_ask
 from trireme.core.log import logger
 from trireme.core.refusal import Refusal
 from trireme.core.request import Emission, Request
@@ -32,12 +34,14 @@ from trireme.models.spec import read_spec
 from trireme.serve.answer import Answer
 from trireme.serve.bls import BlsStages
 from trireme.serve.checks import check_checkpoint, check_instance, check_server, server_flags
-from trireme.serve.metrics import Reporter, samples
+from trireme.serve.metrics import Reporter, Sample, samples, stage_samples
 from trireme.serve.place import model_json
 from trireme.serve.signature import OUTPUTS, Order, read_order
 from trireme.serve.text import Text
 
 _CANCEL_PERIOD_S = 0.025
+_READY_PERIOD_S = 0.02
+_STATUS_S = 5.0
 _FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 _DTYPES = {field.name: pb_utils.triton_string_to_numpy(f"TYPE_{field.type}") for field in OUTPUTS}
 
@@ -52,6 +56,7 @@ class _Stream:
     inbox: deque[Emission] = field(default_factory=deque)
     queued: bool = False  # for the answer thread
     cancelled: bool = False  # the client is gone
+    lock: threading.Lock = field(default_factory=threading.Lock)  # after FINAL the server may not be asked about it
 
 
 class Front:
@@ -74,28 +79,30 @@ class Front:
         self._ready: queue.SimpleQueue[_Stream | None] = queue.SimpleQueue()
         self._numbers = itertools.count()
         self._stop = threading.Event()
+        self._states: list[StageState | None] = [None] * settings.num_stages  # for metrics
 
         rows = settings.link == "tensor"
         self._stages = BlsStages(
             settings.num_stages,
             lambda name, parcel: _call(name, parcel, rows),
             _reload if flags.explicit else None,
-            num_threads=(settings.inflight + 1) * settings.num_stages,  # steps, and a question to each stage
+            thread_pool=flags.thread_pool,
+            num_threads=(settings.inflight + 2) * settings.num_stages,  # steps, and two questions to each stage
         )
         self._engine = Engine(settings, max_model_len=self._max_model_len, stages=self._stages)
         labels = {"model": settings.served_model_name or args["model_name"], "version": args["model_version"]}
         self._reporter = Reporter(pb_utils.MetricFamily, self._samples, self._engine.stats, labels)
+        self._name = args["model_name"]
+        self._starter = threading.Thread(target=self._start, name="start", daemon=True)
         self._answerer = threading.Thread(target=self._answer_all, name="answer", daemon=True)
         self._canceller = threading.Thread(target=self._look_for_cancelled, name="cancel", daemon=True)
-        self._stages.start()
-        self._engine.start()
-        self._answerer.start()
-        self._canceller.start()
-        self._reporter.start()
+        for thread in (self._starter, self._answerer, self._canceller):
+            thread.start()
 
     def finalize(self) -> None:
         """Requests still under way end with an error; every thread of ours that can end does."""
         self._stop.set()
+        self._starter.join()
         self._canceller.join()
         self._reporter.stop()
         self._engine.stop()
@@ -105,9 +112,31 @@ class Front:
         for stream in list(self._streams.values()):
             self._close(stream, Refusal("the server is stopping", kind="unavailable"))
 
-    def _samples(self):
-        states = [state for state in self._engine.state()[1] if state is not None]
-        return samples(self._engine.stats, states, self._stages)
+    def _start(self) -> None:
+        """The first BLS call waits until the server calls this model ready: one that comes between the end of `initialize`
+        and the making of the server's thread pool for it crashes the whole server (seen on 24.10, and so in its source)."""
+        while not self._stop.wait(_READY_PERIOD_S):
+            try:
+                if pb_utils.is_model_ready(self._name):
+                    break
+            except pb_utils.TritonModelException:  # the server itself is not ready
+                continue
+        else:
+            return
+        self._stages.start()
+        self._engine.start()
+        self._reporter.start()
+
+    def _samples(self) -> Iterator[Sample]:
+        """For metrics. The engine asks stages only when something is wrong; here each is asked anew, so a death shows when idle, too."""
+        for stage, state in enumerate(self._states):
+            yield from stage_samples(stage, state)
+            self._stages.post(stage, Parcel(pack_ask(Status())), _STATUS_S, functools.partial(self._hear, stage))
+        yield from samples(self._engine.stats, self._stages)
+
+    def _hear(self, stage: int, result: Parcel | Exception) -> None:
+        answer = None if isinstance(result, Exception) else open_answer(result.packed)
+        self._states[stage] = answer if isinstance(answer, StageState) else None
 
     # ---- admission: the server's thread
 
@@ -212,21 +241,24 @@ class Front:
 
     def _close(self, stream: _Stream, error: Exception | None, response: Any = None) -> None:
         """The one FINAL of a stream."""
-        if self._streams.pop(stream.id, None) is None:
-            return
-        if error is not None:
-            _send_error(stream.sender, error)
-        elif response is not None:
-            stream.sender.send(response, flags=_FINAL)
-        else:
-            stream.sender.send(flags=_FINAL)
+        with stream.lock:
+            if self._streams.pop(stream.id, None) is None:
+                return
+            if error is not None:
+                _send_error(stream.sender, error)
+            elif response is not None:
+                stream.sender.send(response, flags=_FINAL)
+            else:
+                stream.sender.send(flags=_FINAL)
 
     # ---- cancellation: the cancel thread
 
     def _look_for_cancelled(self) -> None:
         while not self._stop.wait(_CANCEL_PERIOD_S):
             for stream in list(self._streams.values()):
-                if not stream.cancelled and stream.sender.is_cancelled():
+                with stream.lock:
+                    gone = stream.id in self._streams and not stream.cancelled and stream.sender.is_cancelled()
+                if gone:
                     stream.cancelled = True
                     self._log.debug("request %s: the client is gone", stream.id)
                     self._engine.cancel(stream.id)

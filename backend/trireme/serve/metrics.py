@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from trireme.core.control import StageState
+from trireme.core.control import RankState, StageState
 from trireme.core.log import logger
 from trireme.engine.stats import Stats
 from trireme.serve.bls import BlsStages
@@ -66,8 +66,8 @@ for _name, (_family, _about) in HISTOGRAMS.items():
     FAMILIES |= {f"{_family}_{part}": ("COUNTER", _about) for part in ("bucket", "sum", "count")}
 
 
-def samples(stats: Stats, states: Iterable[StageState], stages: BlsStages) -> Iterator[Sample]:
-    """Every gauge and plain counter, now."""
+def samples(stats: Stats, stages: BlsStages) -> Iterator[Sample]:
+    """Gauges and plain counters of the front, now."""
     yield Sample("requests_running", stats.running)
     yield Sample("requests_waiting", stats.waiting)
     yield Sample("pages_used", stats.pages_used)
@@ -90,14 +90,18 @@ def samples(stats: Stats, states: Iterable[StageState], stages: BlsStages) -> It
         yield Sample("stage_waiting_seconds_total", times.waiting, label)
         yield Sample("stage_receiving_seconds_total", times.receiving, label)
         yield Sample("stage_bubble_ratio", times.bubble_ratio, label)
-    for state in states:
-        label = (("stage", str(state.stage)),)
-        yield Sample("stage_ready", float(state.state == "ready"), label)
+
+
+def stage_samples(stage: int, state: StageState | None) -> Iterator[Sample]:
+    """Of one stage's own answer; None where it gives none, and then nothing is known of its ranks but that they serve nobody."""
+    label = (("stage", str(stage)),)
+    yield Sample("stage_ready", float(state is not None and state.state == "ready"), label)
+    if state is not None:
         yield Sample("stage_reordered_steps", state.reordered, label)
         yield Sample("stage_rank_restarts", state.restarts, label)
-        for rank in state.ranks:
-            for name in _RANK_STATES:
-                yield Sample("rank_state", float(rank.state == name), (*label, ("rank", str(rank.rank)), ("state", name)))
+    for rank in state.ranks if state is not None else [RankState(0, "dead")]:
+        for name in _RANK_STATES:
+            yield Sample("rank_state", float(rank.state == name), (*label, ("rank", str(rank.rank)), ("state", name)))
 
 
 class Histogram:
@@ -135,8 +139,12 @@ class Reporter:
         self._thread.start()
 
     def stop(self) -> None:
+        """Also drops every metric: one that outlives the server's side of this process crashes it at its exit (seen on 24.10)."""
         self._stop.set()
-        self._thread.join()
+        if self._thread.is_alive():
+            self._thread.join()
+        self._metrics.clear()
+        self._families.clear()
 
     def _run(self) -> None:
         while not self._stop.wait(_PERIOD_S):
