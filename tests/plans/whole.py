@@ -1,0 +1,31 @@
+"""Whole answers of an engine with real ranks, for tests: submit requests, wait, read. `trireme generate` does the same for tokens."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Sequence
+
+from trireme.core.request import Emission, Request
+from trireme.engine.engine import Engine
+
+
+def emissions_of(engine: Engine, requests: Sequence[Request], timeout_s: float = 240) -> list[list[Emission]]:
+    """All emissions of each request, in the order of `requests`."""
+    news: queue.SimpleQueue[Emission] = queue.SimpleQueue()
+    heard: dict[str, list[Emission]] = {request.id: [] for request in requests}
+    for request in requests:
+        engine.submit(request, news.put)
+    left = sum(request.sampling.n for request in requests)
+    while left:
+        emission = news.get(timeout=timeout_s)
+        heard[emission.request_id].append(emission)
+        left -= emission.finish_reason is not None
+    return list(heard.values())
+
+
+def tokens_of(engine: Engine, requests: Sequence[Request], timeout_s: float = 240) -> list[list[int]]:
+    """Output tokens of each request, of n = 1."""
+    answers = emissions_of(engine, requests, timeout_s)
+    for answer in answers:
+        assert answer[-1].error is None, answer[-1].error
+    return [[token for emission in answer for token in emission.tokens] for answer in answers]
