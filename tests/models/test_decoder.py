@@ -9,6 +9,7 @@ import torch
 
 from chained import Chained, build_decoder
 from tiny import greedy_tokens, prompt_logits, random_prompts, tiny_checkpoint
+from trireme.core.batch import Batch
 from trireme.models.decoder import Decoder
 
 LLAMA3 = {
@@ -121,3 +122,9 @@ def test_bfloat16_runs(sliding: Path):
     decoder = build_decoder(sliding, [5], 0, torch.bfloat16)
     assert {param.dtype for _, param in decoder.params()} == {torch.bfloat16}
     assert decoder.keeps[0].dtype == torch.bfloat16
+
+
+def test_a_step_that_asks_nothing_gets_no_logits(sliding: Path):
+    nothing = Batch(3, torch.zeros(3), torch.zeros(3), torch.zeros(3), None, (), head_rows=torch.zeros(0, dtype=torch.int64))
+    logits = stage(sliding, 1).blocks[-1](torch.zeros(3, 48), nothing)
+    assert logits.shape == (0, 251) and logits.dtype == torch.float32

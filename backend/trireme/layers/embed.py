@@ -36,6 +36,10 @@ class Head(Block):
         spec = build.spec
         self.norm = Param(build, (spec.hidden,))
         self.proj = Linear(build, spec.vocab_size, spec.hidden, vocabulary("tp", spec.vocab_size), tied=tied)
+        self._num_logits = self.proj.weight.shape[0]
 
     def forward(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
-        return self.proj(x.index_select(0, batch.head_rows)).float()
+        rows = x.index_select(0, batch.head_rows)
+        if len(rows) == 0:  # a prefill chunk that asks nothing must not read the whole head
+            return rows.new_empty((0, self._num_logits), dtype=torch.float32)
+        return self.proj(rows).float()
