@@ -16,6 +16,7 @@ from trireme.layers.embed import Embed, Head
 from trireme.layers.linear import Linear
 from trireme.layers.names import Names, table
 from trireme.layers.param import Param
+from trireme.parallel.layout import Layout
 from trireme.parallel.seam import Route, Seam, home_of
 
 # What the dense families' checkpoints share.
@@ -96,7 +97,7 @@ class Decoder(nn.Module):
                 module.prepare()
 
 
-def _seam(build: Build, have, block: Block) -> Seam:
+def _seam(build: Build, have: Layout, block: Block) -> Seam:
     hidden = build.spec.hidden
     return Seam(
         have,
