@@ -7,12 +7,12 @@ import random
 from pathlib import Path
 
 import pytest
+
 from plans.whole import emissions_of, tokens_of
 from tiny import greedy_tokens, prompt_logits, tiny_checkpoint
-from trireme_tools import offline
-
 from trireme.core.request import Request, Sampling
 from trireme.core.settings import Settings, make_settings
+from trireme_tools import offline
 
 pytestmark = pytest.mark.ranks
 
