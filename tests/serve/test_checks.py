@@ -28,6 +28,7 @@ def test_flags_in_both_spellings():
     words = ["tritonserver", "--backend-config", "python,thread-pool-size=48", "--backend-config=onnx,thread-pool-size=1"]
     assert ServerFlags.read(words) == ServerFlags(thread_pool=48)
     assert ServerFlags.read([]) == ServerFlags()
+    assert not ServerFlags.read(["tritonserver", "--allow-metrics=false"]).metrics
 
 
 def test_defaults_serve_two_stages():

@@ -19,6 +19,7 @@ class ServerFlags:
     """What matters to us of the server's command line; its defaults where it is silent."""
 
     explicit: bool = False  # models can be loaded again
+    metrics: bool = True
     load_threads: int = 4
     thread_pool: int = 32
 
@@ -37,6 +38,7 @@ class ServerFlags:
                 flags[name] = value if equals else after
         return cls(
             explicit=flags.get("--model-control-mode") == "explicit",
+            metrics=flags.get("--allow-metrics", "true").lower() in ("true", "1"),
             load_threads=int(flags.get("--model-load-thread-count", cls.load_threads)),
             thread_pool=int(backend.get("thread-pool-size", cls.thread_pool)),
         )

@@ -40,7 +40,7 @@ from trireme.serve.signature import OUTPUTS, Order, read_order
 from trireme.serve.text import Text
 
 _CANCEL_PERIOD_S = 0.025
-_READY_PERIOD_S = 0.02
+_SETTLE_S = 2.0  # ranks take longer to load
 _STATUS_S = 5.0
 _FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 _DTYPES = {field.name: pb_utils.triton_string_to_numpy(f"TYPE_{field.type}") for field in OUTPUTS}
@@ -91,8 +91,7 @@ class Front:
         )
         self._engine = Engine(settings, max_model_len=self._max_model_len, stages=self._stages)
         labels = {"model": settings.served_model_name or args["model_name"], "version": args["model_version"]}
-        self._reporter = Reporter(pb_utils.MetricFamily, self._samples, self._engine.stats, labels)
-        self._name = args["model_name"]
+        self._reporter = Reporter(pb_utils.MetricFamily, self._samples, self._engine.stats, labels) if flags.metrics else None
         self._starter = threading.Thread(target=self._start, name="start", daemon=True)
         self._answerer = threading.Thread(target=self._answer_all, name="answer", daemon=True)
         self._canceller = threading.Thread(target=self._look_for_cancelled, name="cancel", daemon=True)
@@ -104,7 +103,8 @@ class Front:
         self._stop.set()
         self._starter.join()
         self._canceller.join()
-        self._reporter.stop()
+        if self._reporter:
+            self._reporter.stop()
         self._engine.stop()
         self._stages.stop()
         self._ready.put(None)
@@ -113,19 +113,15 @@ class Front:
             self._close(stream, Refusal("the server is stopping", kind="unavailable"))
 
     def _start(self) -> None:
-        """The first BLS call waits until the server calls this model ready: one that comes between the end of `initialize`
-        and the making of the server's thread pool for it crashes the whole server (seen on 24.10, and so in its source)."""
-        while not self._stop.wait(_READY_PERIOD_S):
-            try:
-                if pb_utils.is_model_ready(self._name):
-                    break
-            except pb_utils.TritonModelException:  # the server itself is not ready
-                continue
-        else:
+        """The first BLS call comes well after `initialize`: one before the server has made this model's thread pool crashes the
+        whole server (seen on 24.10, and so in its source). It could be asked whether it calls us ready, but a refusal from
+        it is freed while it is read (is_model_ready, load_model, metrics: seen, and so in the source)."""
+        if self._stop.wait(_SETTLE_S):
             return
         self._stages.start()
         self._engine.start()
-        self._reporter.start()
+        if self._reporter:
+            self._reporter.start()
 
     def _samples(self) -> Iterator[Sample]:
         """For metrics. The engine asks stages only when something is wrong; here each is asked anew, so a death shows when idle, too."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -15,3 +17,13 @@ def model_json(args: dict[str, str]) -> Path:
 def run_dir() -> Path:
     """For sockets and the like: one folder for each server (the parent of every stub), private to its user."""
     return Path(tempfile.gettempdir(), f"trireme-{os.getuid()}", str(os.getppid()))
+
+
+def leave(folder: Path) -> None:
+    """Remove a run folder if this was the last to use it, and those of servers that were killed."""
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+    with contextlib.suppress(OSError):
+        for other in folder.parent.iterdir():
+            if other.name.isdigit() and not Path("/proc", other.name).exists():
+                shutil.rmtree(other, ignore_errors=True)

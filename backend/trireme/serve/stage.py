@@ -12,7 +12,7 @@ from trireme.core.control import Parcel
 from trireme.core.settings import read_settings
 from trireme.ranks.leader import Leader
 from trireme.serve.checks import check_checkpoint, check_instance
-from trireme.serve.place import model_json, run_dir
+from trireme.serve.place import leave, model_json, run_dir
 
 
 class Stage:
@@ -23,7 +23,8 @@ class Stage:
         settings = read_settings(model_json(args))
         check_checkpoint(settings)
         stage = int(config["parameters"]["stage"]["string_value"])
-        self._leader = Leader(settings, stage, run_dir())
+        self._run_dir = run_dir()
+        self._leader = Leader(settings, stage, self._run_dir)
         self._leader.start()
 
     def execute(self, requests: list[Any]) -> None:
@@ -34,6 +35,7 @@ class Stage:
 
     def finalize(self) -> None:
         self._leader.stop()
+        leave(self._run_dir)
 
 
 def _answer(request: Any) -> Callable[[Parcel], None]:
