@@ -24,14 +24,14 @@ test: env $(MODEL) ## lint, then every test tier this machine has hardware for (
 	.venv/bin/ruff check .
 	$(PYTEST) --durations=15 $(ARGS)
 
-bench: env $(MODEL) ## offline and served speed of the demo model against transformers, on this machine
-	$(TRIREME) bench offline --peer transformers
-	$(TRIREME) bench serve --peer transformers
+bench: env $(MODEL) ## one stream offline, and eight through a server that `make serve` keeps: both against transformers
+	$(TRIREME) bench --offline --requests 3 --concurrency 1 --output-len 128 --peer transformers --output build/bench/offline
+	$(TRIREME) bench --requests 32 --concurrency 8 --peer transformers --output build/bench/served
 
 lint: env ## ruff (rules and format) and pyright
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/pyright
+	.venv/bin/pyright --pythonpath .venv/bin/python
 
 clean:    ## remove what was made here, but not the demo model
 	rm -rf .venv build .pytest_cache .ruff_cache .hypothesis

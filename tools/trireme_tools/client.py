@@ -34,7 +34,7 @@ class Client:
     async def stream(self, **values: Any) -> AsyncIterator[dict[str, list[Any]]]:
         """The responses to one request, outputs by name; texts as str. Refusal with the server's sentence. Leaving the
         loop early cancels the request."""
-        responses = self._grpc.stream_infer(_once({"model_name": self._model, "inputs": tensors(values)}))
+        responses: Any = self._grpc.stream_infer(_once({"model_name": self._model, "inputs": tensors(values)}))
         try:
             async for result, error in responses:
                 if error is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -14,7 +15,7 @@ from trireme_tools.workload import Ask
 def generate_batches(model_dir: str, workload: Sequence[Ask], batch_size: int, progress: Callable[[int], None]) -> dict[str, float | int]:
     """Speed over the whole workload. A batch runs until its longest answer is done (transformers cannot do otherwise);
     only tokens that were asked for count. Shorter prompts are padded in front. One warm-up forward is not counted."""
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
     pad = model.generation_config.pad_token_id or 0
     model(torch.zeros(1, 8, dtype=torch.long))
     began = time.perf_counter()
