@@ -33,26 +33,31 @@ import tritonclient.grpc as grpc
 
 def tensor(name, kind, value):
     made = grpc.InferInput(name, [1], kind)
-    made.set_data_from_numpy(np.array([value], dtype=object if kind == "BYTES" else bool))
+    dtype = object if kind == "BYTES" else bool
+    made.set_data_from_numpy(np.array([value], dtype))
     return made
 
 client = grpc.InferenceServerClient("127.0.0.1:{grpc}")
 answers = queue.Queue()
-client.start_stream(lambda result, error: answers.put((result, error)))
+client.start_stream(lambda *answer: answers.put(answer))
 inputs = [
     tensor("text_input", "BYTES", "Water boils at"),
     tensor("stream", "BOOL", True),
-    tensor("sampling_parameters", "BYTES", '{{"max_tokens": 24, "temperature": 0}}'),
+    tensor("sampling_parameters", "BYTES",
+           '{{"max_tokens": 24, "temperature": 0}}'),
 ]
-client.async_stream_infer("llm", inputs, enable_empty_final_response=True)
+client.async_stream_infer("llm", inputs,
+                          enable_empty_final_response=True)
 final = False
 while not final:
     result, error = answers.get()
     if error:
         raise error
-    for text in result.as_numpy("text_output") if result.get_response().outputs else []:
-        print(text.decode(), end="", flush=True)
-    final = result.get_response().parameters["triton_final_response"].bool_param
+    response = result.get_response()
+    if response.outputs:
+        text = result.as_numpy("text_output")[0].decode()
+        print(text, end="", flush=True)
+    final = response.parameters["triton_final_response"].bool_param
 client.stop_stream()
 print()"""
 
