@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 import subprocess
@@ -12,8 +13,9 @@ import time
 import pytest
 
 from engine.driver import make_request
-from engine.fake_stages import FakeStages
+from engine.fake_stages import FakeStage, FakeStages
 from engine.toy import expected
+from trireme.core.control import Fault, Join, open_message
 from trireme.core.refusal import Refusal
 from trireme.core.request import Request, Sampling
 from trireme.core.settings import make_settings
@@ -122,6 +124,28 @@ def test_a_stranded_call_is_a_fault(start):
     answers.submit(simple("a"))
     answers.check()
     assert engine.stats.faults == 1
+
+
+def test_a_stage_that_does_not_join_is_not_waited_for_by_the_others(start):
+    """As when a rank has died and its leader does not know yet: the other stages wait for it in the join."""
+    stages = FakeStages(2)
+    joins = []
+
+    def take(stage, parcel, answer, take_of=FakeStage.take):
+        message = open_message(parcel.packed)
+        if isinstance(message, Join):
+            joins.append((stage.stage, message.epoch))
+            if message.epoch == 0:
+                if stage.stage == 1:
+                    answer(Fault("rank", "cannot be reached", 1, 0))
+                return
+        take_of(stage, parcel, answer)
+
+    for stage in stages.stages:
+        stage.take = functools.partial(take, stage)
+    began = time.monotonic()
+    start(stages, step_timeout_s=60)
+    assert time.monotonic() - began < 5 and sorted(joins) == [(0, 0), (0, 1), (1, 0), (1, 1)]
 
 
 def test_a_dead_stage_is_found_before_the_deadline_and_healed(start):

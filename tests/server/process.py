@@ -172,8 +172,10 @@ class ServerProcess:
         """Sweep, whatever there is."""
         if self.process is None:
             return
-        for process in self.family():
+        family = self.family()
+        for process in family:
             process.kill()
+        psutil.wait_procs(family, timeout=10)
         self.process.wait()
         for region in SHM.glob(f"{self.prefix}*"):
             region.unlink()

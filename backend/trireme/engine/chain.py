@@ -216,7 +216,7 @@ class Chain:
                 raise StageFault(f"stage_0 hosts no rendezvous: {_said(founded)}")
             store = founded.store
         for stage, joined in enumerate(self._ask(Join(epoch, store), range(self._stages.num_stages), timeout_s)):
-            if not isinstance(joined, Joined):
+            if joined is not None and not isinstance(joined, Joined):
                 raise StageFault(f"stage_{stage} did not join epoch {epoch}: {_said(joined)}")
         self._epoch = epoch
         return Connection(epoch, min(state.num_pages for state in states))
@@ -231,10 +231,11 @@ class Chain:
         self._log.warning("stage_%d does not answer (%s): healing it", stage, error)
         self._stages.heal(stage, error)
 
-    def _ask(self, ask: Ask, stages: Iterable[int], timeout_s: float) -> list[Answer | Exception]:
-        """Post to several stages at once and wait for all of them."""
+    def _ask(self, ask: Ask, stages: Iterable[int], timeout_s: float) -> list[Answer | Exception | None]:
+        """Post to several stages at once and wait for all of them; of a Join only until one does not, since the others wait
+        for that one: None where the answer was not waited for."""
         stages = list(stages)
-        answers: list[Answer | Exception] = [TimeoutError(f"no answer in {timeout_s:.0f} s") for _ in stages]
+        answers: list[Answer | Exception | None] = [None for _ in stages]
         left = threading.Semaphore(0)
 
         def keep(index: int, result: Parcel | Exception) -> None:
@@ -245,7 +246,10 @@ class Chain:
             self._stages.post(stage, Parcel(pack_ask(ask)), timeout_s, lambda result, index=index: keep(index, result))
         deadline = time.monotonic() + timeout_s + 1  # of our own, should `post` forget its
         for _ in stages:
-            left.acquire(timeout=max(0.0, deadline - time.monotonic()))
+            if not left.acquire(timeout=max(0.0, deadline - time.monotonic())):
+                return [TimeoutError(f"no answer in {timeout_s:.0f} s") if answer is None else answer for answer in answers]
+            if isinstance(ask, Join) and not all(answer is None or isinstance(answer, Joined) for answer in answers):
+                break
         return list(answers)
 
 
