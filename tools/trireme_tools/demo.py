@@ -39,7 +39,7 @@ def tensor(name, kind, value):
 
 client = grpc.InferenceServerClient("127.0.0.1:{grpc}")
 answers = queue.Queue()
-client.start_stream(lambda *answer: answers.put(answer))
+client.start_stream(lambda result, error: answers.put((result, error)))
 inputs = [
     tensor("text_input", "BYTES", "Water boils at"),
     tensor("stream", "BOOL", True),
@@ -100,7 +100,7 @@ def _show(console: Console, ports: Ports) -> None:
         console.print(f"\n[bold]{title}[/bold]")
         console.print(Syntax(text, lexer, background_color="default", word_wrap=False))
         console.print("[dim]answers[/dim]")
-        subprocess.run([*argv, text], check=True)
+        subprocess.run([*argv, text], check=True, timeout=120)
 
 
 def _ports() -> Ports:
