@@ -90,6 +90,17 @@ def test_a_dead_stage_is_loaded_again_and_its_stranded_calls_end(server, stages)
     assert post(stages, 0).get(timeout=5).packed == b"stage_0x"
 
 
+def test_an_old_error_does_not_unload_a_healed_stage(server, stages):
+    slow = server.hung["stage_0"] = threading.Event()
+    server.dead.add("stage_0")
+    late = post(stages, 0)
+    stages._loaded_at[0] = time.monotonic()  # it is loaded while the call is under way
+    slow.set()
+    assert "not healthy" in str(late.get(timeout=5))
+    time.sleep(0.1)
+    assert server.loaded == []
+
+
 def test_a_slow_stage_is_left_alone(server, stages):
     stages.heal(0, TimeoutError("stage_0 did not answer in time"))
     time.sleep(0.1)
@@ -99,7 +110,7 @@ def test_a_slow_stage_is_left_alone(server, stages):
 def test_a_server_that_cannot_load(server):
     stages = BlsStages(1, server.call, None, num_threads=1, thread_pool=32)
     stages.start()
-    stages.heal(0, DEAD)
+    stages.heal(0, RuntimeError("Request for unknown model: 'stage_0' is not found"))
     stages.stop()
     assert stages.num_reloads == 0
 

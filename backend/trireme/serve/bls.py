@@ -29,7 +29,8 @@ class _Call:
     stage: int
     parcel: Parcel
     done: Done
-    deadline: float  # time.monotonic() seconds
+    began: float  # time.monotonic() seconds
+    deadline: float
     lock: threading.Lock = field(default_factory=threading.Lock)
     running: bool = False  # a thread waits for its answer
     settled: bool = False
@@ -68,6 +69,7 @@ class BlsStages:
         self._queue: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
         self._open: set[_Call] = set()
         self._healing: set[int] = set()
+        self._loaded_at: dict[int, float] = {}  # by stage: when it was last tried
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="bls_watch", daemon=True)
@@ -87,17 +89,21 @@ class BlsStages:
 
     def post(self, stage: int, parcel: Parcel, timeout_s: float, done: Done) -> None:
         """Thread-safe; returns at once. `done` gets the answer, the server's error, or TimeoutError, exactly once."""
-        call = _Call(stage, parcel, done, time.monotonic() + timeout_s)
+        now = time.monotonic()
+        call = _Call(stage, parcel, done, now, now + timeout_s)
         with self._lock:
             self._open.add(call)
         self._queue.put(call)
 
     def heal(self, stage: int, error: Exception) -> None:
-        """Load a stage again whose stub died, or that is not loaded; one that is only slow is left alone. Returns at once."""
-        if not any(words in str(error) for words in (_DEAD, *_GONE)):
-            return
+        """Load a stage again that is not loaded; one that is only slow is left alone, and a dead one is found here first."""
+        if any(words in str(error) for words in _GONE):
+            self._bring_back(stage, error, time.monotonic())
+
+    def _bring_back(self, stage: int, error: Exception, asked: float) -> None:
+        """Unless it was loaded since `asked`, when the call with this error began."""
         with self._lock:
-            if stage in self._healing:
+            if stage in self._healing or asked < self._loaded_at.get(stage, 0.0):
                 return
             self._healing.add(stage)
         self._give_up(self._take_open(lambda call: call.stage == stage), lambda call: error)
@@ -123,6 +129,7 @@ class BlsStages:
             self._log.error("%s could not be loaded again: %s", name, error)
         finally:
             with self._lock:
+                self._loaded_at[stage] = time.monotonic()
                 self._healing.discard(stage)
 
     def _add_thread(self) -> None:
@@ -145,7 +152,7 @@ class BlsStages:
                     self.num_abandoned -= 1
                 return
             if isinstance(result, Exception) and _DEAD in str(result):
-                self.heal(call.stage, result)
+                self._bring_back(call.stage, result, call.began)
 
     def _watch(self) -> None:
         while not self._stop.wait(_LOOK_S):
