@@ -12,6 +12,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -45,15 +46,16 @@ class Served:
         (self.server,) = psutil.Process(process.pid).children()
 
     def stub(self, model: str) -> psutil.Process:
-        return next(child for child in self.server.children() if f"{model}_0_0" in child.cmdline())
+        return next(child for child in self.family() if f"{model}_0_0" in child.cmdline())
 
-    def ask(self) -> list[int]:
-        body = json.dumps({"input_ids": [5, 6, 7], "max_tokens": 8, "temperature": 0, "ignore_eos": True}).encode()
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.http}/v2/models/llm/generate", body, timeout=30) as answer:
+    def ask(self, num_tokens: int = 8) -> list[int]:
+        body = json.dumps({"input_ids": [5, 6, 7], "max_tokens": num_tokens, "temperature": 0, "ignore_eos": True}).encode()
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.http}/v2/models/llm/generate", body, timeout=60) as answer:
             return json.loads(answer.read())["output_ids"]
 
     def family(self) -> list[psutil.Process]:
-        return [self.server, *self.server.children(recursive=True)]
+        family = [self.server, *self.server.children(recursive=True)]
+        return [process for process in family if process.status() != psutil.STATUS_ZOMBIE]
 
 
 @pytest.fixture
@@ -104,6 +106,22 @@ def test_a_dead_front_comes_back_and_a_stop_leaves_nothing(served: Served):
     family = list({*family, *served.family()})
     family.sort(key=lambda process: process.pid != served.server.pid)
     served.process.send_signal(signal.SIGINT)
+    assert served.process.wait(60) == 0
+    assert_nothing_left(family, served.process.pid)
+
+
+@pytest.mark.timeout(400)
+def test_twenty_dead_stages_in_a_row_under_load(served: Served):
+    """Each time every request under way ends with the tokens it would have had; then a clean stop."""
+    tokens = served.ask(150)
+    for number in range(20):
+        with ThreadPoolExecutor(6) as clients:
+            asked = [clients.submit(served.ask, 150) for _ in range(6)]
+            time.sleep(0.1)
+            served.stub(f"stage_{number % 2}").kill()
+            assert [answer.result() for answer in asked] == [tokens] * 6, f"kill {number}"
+    family = served.family()
+    served.process.send_signal(signal.SIGTERM)
     assert served.process.wait(60) == 0
     assert_nothing_left(family, served.process.pid)
 

@@ -17,7 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from trireme.core.refusal import Refusal
+from trireme.serve.metrics import METRICS_PERIOD_S
 from trireme_tools.load import drive, summary
+from trireme_tools.scrape import between, read_page
 from trireme_tools.settings_options import settings_options
 from trireme_tools.workload import Ask, arrivals, make_workload, seqs256
 
@@ -27,6 +29,9 @@ def bench(
     *,
     model: Annotated[Path | None, typer.Option(help="Checkpoint (default: the project's).")] = None,
     url: Annotated[str, typer.Option(help="gRPC address of the running server.")] = "127.0.0.1:8001",
+    metrics_url: Annotated[
+        str, typer.Option(help="The server's own metrics, read before and after; '' for none.")
+    ] = "http://127.0.0.1:8002/metrics",
     offline: Annotated[bool, typer.Option(help="No server: the engine in this process.")] = False,
     workload: Annotated[Literal["lengths", "seqs256"], typer.Option(help="seqs256: 256 prompts, in and out 100-1024.")] = "lengths",
     requests: Annotated[int, typer.Option(help="How many requests.")] = 32,
@@ -51,7 +56,11 @@ def bench(
 
             records, seconds = measure(settings, asks, concurrency, tick)
         else:
+            before = read_page(metrics_url) if metrics_url else {}
             records, seconds = drive(url, asks, arrivals(len(asks), rate, seed), None if rate else concurrency, tick)
+            if metrics_url:
+                time.sleep(METRICS_PERIOD_S * 1.5)  # the page is that far behind
+                report["server"] = between(before, read_page(metrics_url), seconds)
     report["trireme"] = summary(records, seconds)
     report["failures"] = sorted({record.error for record in records if record.error})
     if peer:
@@ -109,6 +118,12 @@ def _show(console: Console, report: dict[str, Any], output: Path) -> None:
     console.print(table)
     rates = [f"{ours[f'{name}_per_s']:.2f} {name.replace('_', ' ')}/s" for name in ("output_tokens", "total_tokens", "requests")]
     console.print(f"trireme: {', '.join(rates)}")
+    if "server" in report:
+        server = report["server"]
+        busy = ", ".join(f"stage_{stage} {share:.0%}" for stage, share in server["stage_busy_share"].items())
+        early = sum(server["stage_reordered_steps"].values())
+        console.print(f"server: {server['steps_per_s']:.0f} steps/s, {server['rows_per_step']:.1f} rows each; busy {busy}")
+        console.print(f"BLS hop {server['bls_hop_ms']:.2f} ms; put in order {early:.0f} steps; {server['preemptions']:.0f} preemptions")
     if "speedup" in report:
         peer, rate = report["transformers"], report["transformers"]["output_tokens_per_s"]
         console.print(f"transformers, batches of {peer['batch_size']}: {rate:.2f} output tokens/s (ratio {report['speedup']:.2f})")

@@ -17,7 +17,7 @@ from trireme.core.log import logger
 from trireme.engine.stats import Stats
 from trireme.serve.bls import BlsStages
 
-_PERIOD_S = 1.0
+METRICS_PERIOD_S = 1.0
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)  # seconds
 _RANK_STATES = ("starting", "loading", "ready", "dead", "failed")
 
@@ -147,7 +147,7 @@ class Reporter:
         self._families.clear()
 
     def _run(self) -> None:
-        while not self._stop.wait(_PERIOD_S):
+        while not self._stop.wait(METRICS_PERIOD_S):
             try:
                 self.report()
             except Exception as error:  # the server runs without metrics, or is about to end
