@@ -86,12 +86,23 @@ def test_outputs_only_when_asked():
         ({"text_input": b"hi"}, {"temprature": 0.5}, "did you mean 'temperature'"),
         ({"text_input": b"hi"}, {"top_p": 7}, "out of range"),
         ({"messages": b"hello"}, {}, "not JSON"),
+        ({"messages": b"[" * 100_000}, {}, "not JSON"),
+        ({"sampling_parameters": b'{"text_input": 5}'}, {}, "is no text"),
+        ({"sampling_parameters": b'{"input_ids": [true]}'}, {}, "no list of token ids"),
+        ({"text_input": b"hi", "sampling_parameters": b'{"logprobs": []}'}, {}, "not a whole number"),
     ],
 )
 def test_refusals_are_sentences(tensors, parameters, sentence):
     with pytest.raises(Refusal, match=sentence) as refused:
         sampling(order(parameters, **tensors))
     assert refused.value.kind == "invalid" and refused.value.fix
+
+
+def test_null_is_not_given():
+    packed = b'{"text_input": null, "add_special_tokens": null, "skip_special_tokens": null, "stream": null, "logprobs": null}'
+    read = order(input_ids=[1], sampling_parameters=packed)
+    assert read.add_special_tokens and read.skip_special_tokens and not read.stream
+    assert read.sampling == {} and read.returns == {"output_ids"}
 
 
 def test_what_the_server_adds_is_no_parameter():

@@ -182,6 +182,8 @@ def test_chat_refusals(tmp_path):
     for bad in ([], "hi", [1], {}):
         with pytest.raises(Refusal, match="bad messages"):
             text.render(bad)
+    with pytest.raises(Refusal, match="roles must alternate"):  # a template's value may have any name
+        text.render(CHATS[0], messages=5, self=6)
 
 
 def test_template_features(tmp_path):

@@ -181,7 +181,7 @@ def _canonical(values: Mapping[str, Any]) -> dict[str, Any]:
             raise Refusal(
                 f"unknown sampling parameter {spelling!r}",
                 why="a misspelt parameter must not be ignored",
-                fix=f"did you mean {near[0]!r}?" if near else "see README, Requests",
+                fix=f"did you mean {near[0]!r}?" if near else "see README, Asking",
             )
         if name in spelt and given[name] != value:
             raise Refusal(f"{spelt[name]} and {spelling} disagree", why="they are two names of one parameter", fix="send one of them")

@@ -127,12 +127,13 @@ class Order:
 def read_order(tensors: Mapping[str, Sequence[Any]], parameters: Mapping[str, Any]) -> Order:
     """The Order in a request's tensors (flat lists by name) and parameters; Refusal with a sentence.
 
-    Where a name is given more than once: tensor, then `sampling_parameters`, then request parameter.
+    Where a name is given more than once: tensor, then `sampling_parameters`, then request parameter. null is not given.
     """
     given = {name: value for name, value in parameters.items() if name not in _OF_THE_SERVER and not name.startswith("triton_")}
     flat = {name: _flat(name, values) for name, values in tensors.items()}
     packed = flat.get("sampling_parameters", given.get("sampling_parameters"))
-    values = _Values({**given, **(_json_object("sampling_parameters", packed) if packed is not None else {}), **flat})
+    several = {**given, **(_json_object("sampling_parameters", packed) if packed is not None else {}), **flat}
+    values = _Values({name: value for name, value in several.items() if value is not None})
     values.pop("sampling_parameters", None)
 
     prompts = [name for name in _PROMPTS if name in values]
@@ -151,10 +152,10 @@ def read_order(tensors: Mapping[str, Sequence[Any]], parameters: Mapping[str, An
     returns = {output for name, outputs in _RETURNS.items() if values.flag(name, False) for output in outputs}
     if prompts == ["input_ids"]:
         returns.add("output_ids")
-    returns |= {name for name in ("logprobs", "prompt_logprobs") if values.get(name) is not None}
+    returns |= {name for name in ("logprobs", "prompt_logprobs") if name in values}
     chat = values.pop("chat_template_kwargs", None)
     order = {
-        "text": values.pop("text_input", None),
+        "text": values.text("text_input"),
         "messages": _json("messages", values.pop("messages")) if "messages" in values else None,
         "input_ids": values.integers("input_ids"),
         "stream": stream,
@@ -177,7 +178,7 @@ def read_order(tensors: Mapping[str, Sequence[Any]], parameters: Mapping[str, An
         raise Refusal(f"truncate_prompt_tokens={order['truncate']}", why="a prompt has at least one token", fix="use 1 or more")
     sampling = dict(values)
     if returns & _NEED_LOGPROBS:
-        sampling["logprobs"] = sampling.get("logprobs") or 0  # 0: the sampled token's own
+        sampling.setdefault("logprobs", 0)  # 0: the sampled token's own
     return Order(sampling=sampling, **order)
 
 
@@ -207,11 +208,17 @@ class _Values(dict[str, Any]):
                 f"{name}={value!r} is no {'whole number' if kind is int else 'number'}", why="it must be one", fix=f"send {name}=1"
             ) from None
 
+    def text(self, name: str) -> str | None:
+        value = self.pop(name, None)
+        if value is not None and not isinstance(value, str):
+            raise Refusal(f"{name}={value!r} is no text", why="it must be a string", fix=f'send {name}="Hello"')
+        return value
+
     def integers(self, name: str) -> list[int] | None:
         values = self.pop(name, None)
         if values is None:
             return None
-        if not isinstance(values, list) or not values or not all(isinstance(value, int) for value in values):
+        if not isinstance(values, list) or not values or not all(type(value) is int for value in values):
             raise Refusal(f"{name} is no list of token ids", why="it must hold at least one whole number", fix=f"send {name}=[1, 2, 3]")
         return values
 
@@ -232,7 +239,7 @@ def _flat(name: str, values: Sequence[Any]) -> Any:
 def _json(name: str, packed: Any) -> Any:
     try:
         return json.loads(packed) if isinstance(packed, str) else packed
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Refusal(f"{name} is not JSON", why=str(error), fix="check the quotes and brackets") from None
 
 

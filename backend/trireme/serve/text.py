@@ -50,7 +50,7 @@ class Text:
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return self._tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens)
 
-    def render(self, messages: Any, **values: Any) -> str:
+    def render(self, messages: Any, /, **values: Any) -> str:
         """Prompt text of chat messages; it holds the special tokens, so encode it without adding them."""
         if self._chat is None:
             raise Refusal(
