@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import triton_python_backend_utils as pb_utils
+import triton_python_backend_utils as pb_utils  # pyright: ignore[reportMissingImports]  # only inside the server
 
 _BACKEND = Path(__file__).resolve().parents[1]
 for _root in (_BACKEND, _BACKEND.parent / "kernels"):

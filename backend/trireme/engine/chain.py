@@ -85,9 +85,9 @@ class _Flight:
     step: Step
     packed: bytes
     timeout_s: float
-    outcomes: list[Outcome | None]
     posted: list[float]
     answered: list[float]
+    outcomes: dict[int, Outcome] = field(default_factory=dict)  # by stage
     lock: threading.Lock = field(default_factory=threading.Lock)  # stages answer from different threads
 
 
@@ -120,7 +120,7 @@ class Chain:
             self._checksum = first_checksum(step.epoch)
         packed, self._checksum = pack_step(step, self._checksum)
         num_stages = self._stages.num_stages
-        flight = _Flight(step, seal_step(packed), timeout_s, [None] * num_stages, [0.0] * num_stages, [0.0] * num_stages)
+        flight = _Flight(step, seal_step(packed), timeout_s, [0.0] * num_stages, [0.0] * num_stages)
         for stage in range(num_stages) if self._settings.link == "collective" else (0,):
             self._post(flight, stage, None)
 
@@ -142,12 +142,14 @@ class Chain:
         if wrong:
             self._deliver(Broken(step.epoch, StageFault(f"stage_{stage}, step {step.number}: {wrong}")))
             return
+        assert isinstance(answer, Outcome), "nothing else is right"
         with flight.lock:
             flight.answered[stage] = time.monotonic()
             flight.outcomes[stage] = answer
-            whole = None not in flight.outcomes
+            whole = len(flight.outcomes) == self._stages.num_stages
         if whole:
-            self._deliver(Returned(step, flight.outcomes, flight.posted, flight.answered))
+            outcomes = [flight.outcomes[each] for each in range(self._stages.num_stages)]
+            self._deliver(Returned(step, outcomes, flight.posted, flight.answered))
         elif self._settings.link == "tensor" and isinstance(result, Parcel):
             self._post(flight, stage + 1, result.rows)
 
@@ -212,6 +214,7 @@ class Chain:
         store = ""
         if self._stages.num_stages > 1 and self._settings.link == "collective":
             (founded,) = self._ask(Found(epoch), (0,), timeout_s)
+            assert founded is not None, "only a Join is not waited for"
             if not isinstance(founded, Founded):
                 raise StageFault(f"stage_0 hosts no rendezvous: {_said(founded)}")
             store = founded.store

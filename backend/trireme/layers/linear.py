@@ -30,7 +30,7 @@ class Linear(nn.Module):
         """Once the weight is loaded. A packed weight stands in for the plain one, which is let go."""
         if self.weight.device.type == "cpu" and self.weight.dtype == torch.float32 and torch.backends.mkldnn.is_available():
             self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.data, None)
-            self.weight = None
+            del self.weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self._packed is None:

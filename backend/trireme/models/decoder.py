@@ -49,6 +49,7 @@ class Decoder(nn.Module):
         if build.last:
             blocks.append(Head(build, tied=self.embed.weight if self.embed is not None and spec.tie_word_embeddings else None))
         self.blocks = nn.ModuleList(blocks)
+        self._parts: list[Embed | Block] = [self.embed, *blocks] if self.embed is not None else [*blocks]
 
         home = home_of(plan)
         self._enter = Route(self.embed.gives, home, plan, build.collective) if self.embed is not None else None
@@ -56,10 +57,11 @@ class Decoder(nn.Module):
         have = [home, *(block.gives for block in blocks)]
         self._walk = [(_seam(build, before, block), block) for before, block in zip(have, blocks, strict=False)]
 
-        keepers = [block for block in blocks if block.keeps is not None]
-        for number, block in enumerate(keepers):
-            block.cache = number
-        self.keeps: list[PerToken] = [block.keeps for block in keepers]  # in the order of Batch.caches
+        self.keeps: list[PerToken] = []  # in the order of Batch.caches
+        for block in blocks:
+            if block.keeps is not None:
+                block.cache = len(self.keeps)
+                self.keeps.append(block.keeps)
         self._attends = {block.window: block.attend for block in blocks if isinstance(block, Attention)}
 
     def plan_attention(self, query_lens: np.ndarray, kv_lens: np.ndarray, page_table: torch.Tensor | np.ndarray) -> Any:
@@ -71,24 +73,29 @@ class Decoder(nn.Module):
     def forward(self, batch: Batch, rows: torch.Tensor | None = None) -> torch.Tensor:
         """The first stage reads batch.tokens, others take the residual `rows` [T, H]. The last stage gives float32 logits
         [R, V] of batch.head_rows, others the residual [T, H] after the add; the receiver norms it."""
-        x, residual = None, self._enter(self.embed(batch)) if rows is None else rows
+        if rows is None:
+            assert self.embed is not None and self._enter is not None, "a later stage takes rows"
+            rows = self._enter(self.embed(batch))
+        x, residual = None, rows
         for seam, block in self._walk:
             x, residual = seam(x, residual)
             x = block(x, batch)
+        assert x is not None, "a stage has blocks"
         return x if self._leave is None else residual + self._leave(x)
 
     @property
     def block_names(self) -> tuple[str, ...]:
-        return tuple(block.name for block in (self.embed, *self.blocks) if block is not None)
+        return tuple(part.name for part in self._parts)
 
     def params(self) -> Iterator[tuple[str, Param]]:
         """(name, Param) of this stage, names as on the right of the name tables; a shared Param once, at its first name."""
         seen = set()
-        for block in (self.embed, *self.blocks):
-            for name, param in block.named_parameters() if block is not None else ():
+        for part in self._parts:
+            for name, param in part.named_parameters():
+                assert isinstance(param, Param), f"{part.name}.{name} is not described"
                 if id(param) not in seen:
                     seen.add(id(param))
-                    yield f"{block.name}.{name}", param
+                    yield f"{part.name}.{name}", param
 
     def prepare(self) -> None:
         """Once every parameter is filled: weights take the form in which they are multiplied."""

@@ -11,8 +11,10 @@ from typing import Any, Literal
 
 from trireme.core.refusal import Refusal
 
+Family = Literal["llama", "qwen2", "qwen3"]
+
 # What transformers assumes where a config is silent, and what a family fixes in code.
-_FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+_FAMILIES: Mapping[str, tuple[Family, Mapping[str, Any]]] = {
     "LlamaForCausalLM": ("llama", {"max_position_embeddings": 2048}),
     "Qwen2ForCausalLM": ("qwen2", {"max_position_embeddings": 32768, "attention_bias": True}),
     "Qwen3ForCausalLM": ("qwen3", {"max_position_embeddings": 32768, "head_dim": 128}),
@@ -41,7 +43,7 @@ class Rope:
 class Spec:
     """One checkpoint. Sizes are whole: no rank's share."""
 
-    family: Literal["llama", "qwen2", "qwen3"]
+    family: Family
     hidden: int
     num_layers: int
     num_heads: int
@@ -80,14 +82,14 @@ def read_spec(model_dir: str | Path) -> Spec:
 
 def make_spec(values: Mapping[str, Any], *, source: str = "config.json") -> Spec:
     """The Spec of a config's values, in transformers' spelling of version 4 or 5."""
-    architectures = values.get("architectures") or [None]
-    if architectures[0] not in _FAMILIES:
+    architecture = (values.get("architectures") or [None])[0]
+    if architecture is None or architecture not in _FAMILIES:
         raise Refusal(
-            f"{source}: architecture {architectures[0]!r} is not known",
+            f"{source}: architecture {architecture!r} is not known",
             why=f"the families here are {', '.join(_FAMILIES)}",
             fix="serve one of them, or add a family (README, recipes)",
         )
-    family, defaults = _FAMILIES[architectures[0]]
+    family, defaults = _FAMILIES[architecture]
     config = _Config({**defaults, **{key: value for key, value in values.items() if value is not None}}, source)
 
     config.must_be("hidden_act", "silu", "MLPs here are gated by silu")
@@ -182,8 +184,14 @@ def _read_rope(config: _Config, max_position: int) -> Rope:
         if kind == "linear":
             return Rope(theta=theta, kind="linear", factor=float(values["factor"]))
         if kind == "llama3":
-            numbers = {key: float(values[key]) for key in ("factor", "low_freq_factor", "high_freq_factor")}
-            return Rope(theta=theta, kind="llama3", original_max_position=original, **numbers)
+            return Rope(
+                theta=theta,
+                kind="llama3",
+                factor=float(values["factor"]),
+                original_max_position=original,
+                low_freq_factor=float(values["low_freq_factor"]),
+                high_freq_factor=float(values["high_freq_factor"]),
+            )
         if kind == "yarn":
             factor = float(values.get("factor", max_position / original))
             return Rope(

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 import torch
-from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
+from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore  # pyright: ignore[reportPrivateImportUsage]  # not in __all__
 
 _HOST = "127.0.0.1"  # stages of one server share a host
 _GLANCE_S = 0.002  # between looks for the others at a meeting
@@ -73,7 +73,7 @@ class Pair:
 
     def __init__(self, store: TCPStore, epoch: int, name: str, side: int, timeout_s: float, depth: int):
         self.name = f"{name} of epoch {epoch}"
-        options = ProcessGroupGloo._Options()
+        options = ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue]  # not in torch's stubs, like send and recv
         options._devices = [ProcessGroupGloo.create_device(hostname=_HOST)]
         options._timeout = timedelta(seconds=timeout_s)
         options._threads = 1
@@ -87,7 +87,8 @@ class Pair:
         """Returns at once; the tensor must not change afterwards."""
         tensor = tensor.contiguous()
         with _lost_as(self.name):
-            self._sent.append((self._group.send([tensor], self._peer, 0), tensor))
+            work = self._group.send([tensor], self._peer, 0)  # pyright: ignore[reportAttributeAccessIssue]
+            self._sent.append((work, tensor))
             if len(self._sent) > self._depth:
                 work, _ = self._sent.popleft()
                 work.wait()
@@ -96,7 +97,8 @@ class Pair:
         """The next message, which must have this shape; returns at once."""
         tensor = torch.empty(*shape, dtype=dtype)
         with _lost_as(self.name):
-            return Expected(self, self._group.recv([tensor], self._peer, 0), tensor)
+            work = self._group.recv([tensor], self._peer, 0)  # pyright: ignore[reportAttributeAccessIssue]
+        return Expected(self, work, tensor)
 
 
 @contextlib.contextmanager

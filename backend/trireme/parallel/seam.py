@@ -29,6 +29,7 @@ class Route:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         for move in self.moves:
+            assert self._collective is not None, "checked at build"
             x = self._collective(move, x)
         return x
 

@@ -82,11 +82,8 @@ class OrderSocket:
 
     def send(self, ticket: int, parcel: Parcel) -> bool:
         """Whether the order went out; False where no rank is connected."""
-        frames = [_ORDER.pack(ticket), parcel.packed]
-        if parcel.rows is not None:
-            frames.append(memoryview(parcel.rows))
         try:
-            self._socket.send_multipart(frames, flags=zmq.NOBLOCK)
+            self._socket.send_multipart(_frames(_ORDER.pack(ticket), parcel), flags=zmq.NOBLOCK)
         except zmq.Again:
             return False
         return True
@@ -150,11 +147,8 @@ class RankChannel:
         return bool(self._orders.poll(0))
 
     def answer(self, ticket: int, parcel: Parcel, *, fault: bool) -> None:
-        frames = [_ANSWER.pack(self._rank, self._life, ticket, fault), parcel.packed]
-        if parcel.rows is not None:
-            frames.append(memoryview(parcel.rows))
         with self._lock:
-            self._answers.send_multipart(frames)
+            self._answers.send_multipart(_frames(_ANSWER.pack(self._rank, self._life, ticket, fault), parcel))
 
     def beat(self, beat: Beat) -> None:
         with self._lock:
@@ -166,6 +160,10 @@ def _socket(context: zmq.Context, kind: int) -> zmq.Socket:
     socket.set_hwm(0)  # steps in flight bound what waits here
     socket.linger = 0
     return socket
+
+
+def _frames(head: bytes, parcel: Parcel) -> list[bytes | memoryview]:
+    return [head, parcel.packed] if parcel.rows is None else [head, parcel.packed, parcel.rows.data]
 
 
 def _parcel(packed: bytes, rows: list[bytes]) -> Parcel:

@@ -113,10 +113,15 @@ class Runner:
         self._link = None
         self._fed = FedTokens(self._settings.max_num_seqs, self._settings.inflight)
 
+    @property
+    def _joined(self) -> Link:
+        """The epoch's link. Nobody else keeps it, so that `leave` drops it."""
+        assert self._link is not None, "a step runs in an epoch"
+        return self._link
+
     @torch.inference_mode()
     def run(self, step: Step, carried: np.ndarray | None, waited_s: float) -> tuple[Outcome, np.ndarray | None]:
         """`carried`: rows that came with the call (tensor link). -> outcome, rows that go with the answer (tensor link)."""
-        assert self._link, "a step runs in an epoch"
         began, start = time.time(), time.perf_counter()
         rows = self._read(step)
         ready = time.perf_counter()
@@ -130,7 +135,7 @@ class Runner:
         if self._is_last:
             outcome = self._finish(step, rows, stretches, result)
         else:
-            carries = self._link.send(result)
+            carries = self._joined.send(result)
         clock = Clock(began, waited_s, receiving_s, time.perf_counter() - start - receiving_s)
         return msgspec.structs.replace(outcome, clock=clock), carries
 
@@ -149,8 +154,8 @@ class Runner:
         if self._is_first:
             self._fed.fill(rows.tokens, np.repeat(rows.slots, rows.counts))
             if step.returns and len(rows.sampled):
-                self._fed.owe(step.number, rows.slots[rows.sampled], self._link.expect_tokens(len(rows.sampled)))
-        return self._link.receive(step.num_rows, carried)
+                self._fed.owe(step.number, rows.slots[rows.sampled], self._joined.expect_tokens(len(rows.sampled)))
+        return self._joined.receive(step.num_rows, carried)
 
     def _batch(self, rows: Rows, head_rows: np.ndarray) -> Batch:
         ends = rows.ends
@@ -173,7 +178,7 @@ class Runner:
         sampled = self._sampler.sample(logits[:num_samples], rows.slots[rows.sampled], rows.ends[rows.sampled], self._bans(step, rows))
         tokens = sampled.tokens.to("cpu", torch.int32)
         if step.returns and num_samples:
-            self._link.send_tokens(tokens)
+            self._joined.send_tokens(tokens)
         told: list[PromptLogprobs] = []
         at = num_samples
         for stretch in stretches:
