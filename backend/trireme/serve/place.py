@@ -8,6 +8,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from trireme.core.refusal import Refusal
+
 
 def model_json(args: dict[str, str]) -> Path:
     """The settings file of the model that the server loads with `args`."""
@@ -15,8 +17,13 @@ def model_json(args: dict[str, str]) -> Path:
 
 
 def run_dir() -> Path:
-    """For sockets and the like: one folder for each server (the parent of every stub), private to its user."""
-    return Path(tempfile.gettempdir(), f"trireme-{os.getuid()}", str(os.getppid()))
+    """For sockets and the like: one folder for each server (the parent of every stub), private to its user. Refusal where that
+    server is gone."""
+    server = os.getppid()
+    if server == 1 and b"1" not in Path("/proc/self/cmdline").read_bytes().split(b"\0"):
+        # adopted by init: a server that itself is process 1 of its container names itself on the stub's command line
+        raise Refusal("the server of this model is gone", why="it ended while the model loaded", fix="start it again", kind="unavailable")
+    return Path(tempfile.gettempdir(), f"trireme-{os.getuid()}", str(server))
 
 
 def leave(folder: Path) -> None:
