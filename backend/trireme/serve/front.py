@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import triton_python_backend_utils as pb_utils
+import triton_python_backend_utils as pb_utils  # pyright: ignore[reportMissingImports]  # only inside the server
 
 from trireme.core.control import Parcel, StageState, Status, open_answer, pack_ask
 from trireme.core.log import logger
