@@ -46,7 +46,7 @@ class ChatTemplate:
         self._template = env.from_string(source)
         self._tokens = dict(tokens)
 
-    def render(self, messages: Any, *, add_generation_prompt: bool = True, **values: Any) -> str:
+    def render(self, messages: Any, /, *, add_generation_prompt: bool = True, **values: Any) -> str:
         """Prompt text of messages ({"role", "content", ...} each); Refusal where they or the template do not fit.
 
         `values` are the template's own switches (`enable_thinking`, `tools`, ...).
