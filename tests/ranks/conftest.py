@@ -1,5 +1,6 @@
 """Leaders with fake ranks, and a check that they leave nothing behind."""
 
+import os
 import queue
 import shutil
 import tempfile
@@ -71,7 +72,7 @@ class Front:
 @pytest.fixture
 def lead(run_dir, monkeypatch):
     """lead(**settings) -> a Front at a started leader of fake ranks."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=os.pathsep)
     fronts: list[Front] = []
 
     def start(model: str = "echo", **settings) -> Front:

@@ -31,6 +31,7 @@ class ServerHome:
     python_backend: Path  # holds libtriton_python.so and triton_python_backend_utils.py
     stub: Path  # of this interpreter's version, where there is a choice
     libraries: tuple[Path, ...]  # in front of LD_LIBRARY_PATH
+    from_wheel: bool = False  # else whoever installed it sees to its libraries; $TRITONSERVER may be a script that does
 
     def environment(self) -> dict[str, str]:
         """Of the server: the stub embeds the `python3` that is first on PATH, and ignores PYTHONPATH."""
@@ -71,7 +72,7 @@ def find_server() -> ServerHome:
         libraries.insert(0, wheel.parents[1] / "nvidia_pytriton.libs")
     if not stub.exists():
         raise Refusal(f"no {_STUB} for this Python", why=f"{stub} is missing", fix="run trireme with Python 3.11 or 3.12")
-    return ServerHome(server, backend, stub, tuple(libraries))
+    return ServerHome(server, backend, stub, tuple(libraries), from_wheel)
 
 
 def _wheel() -> Path | None:
@@ -98,7 +99,9 @@ def _program(wheel: Path | None) -> Path:
 
 
 def missing_library(home: ServerHome) -> str | None:
-    """A shared library that the stub links to and the loader does not find (usually libpython), or None."""
+    """A shared library that the wheel's stub links to and the loader does not find (usually libpython), or None."""
+    if not home.from_wheel:
+        return None
     done = subprocess.run(["ldd", str(home.stub)], env=home.environment(), capture_output=True, text=True)
     missing = [line.split()[0] for line in done.stdout.splitlines() if "not found" in line]
     return missing[0] if missing else None
