@@ -29,10 +29,9 @@ class Chained:
     """All stages of a checkpoint with pools of their own. Sequences are numbered; each has `num_pages` pages, scattered."""
 
     def __init__(self, model_dir: Path, layer_cut: Sequence[int], *, num_sequences: int = 4, max_len: int = 256):
-        spec = read_spec(model_dir)
         self.decoders = [build_decoder(model_dir, layer_cut, stage) for stage in range(len(layer_cut))]
-        for stage, decoder in enumerate(self.decoders):
-            load(decoder, spec, decoder.build.plan, stage, model_dir)
+        for decoder in self.decoders:
+            load(decoder, model_dir)
         num_pages = -(-max_len // PAGE)
         shuffled = np.random.default_rng(0).permutation(num_sequences * num_pages).astype(np.int32)
         self._page_table = shuffled.reshape(num_sequences, num_pages)

@@ -41,9 +41,8 @@ def test_equals_reference(op, name, case):
 
 @pytest.mark.parametrize("op", OPS)
 def test_folder_is_complete(op):
-    """The reference is last, since it fits everything; benches are cases that inputs() can make."""
+    """The reference is last, since it fits everything."""
     assert implementations(op)[-1] == "reference"
     cases = import_module(f"trireme_kernels.{op}.cases")
-    assert cases.CASES and cases.BENCHES
-    for case in (cases.CASES[0], cases.BENCHES[0]):
-        assert all(torch.is_tensor(result) for result in cases.results(build(op, "reference", case), cases.inputs(case, seed=0)))
+    case = cases.CASES[0]
+    assert all(torch.is_tensor(result) for result in cases.results(build(op, "reference", case), cases.inputs(case, seed=0)))

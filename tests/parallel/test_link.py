@@ -78,7 +78,7 @@ def test_one_stage_needs_no_way():
 
 
 def test_tensor_link_refuses_rows_of_another_size():
-    link = TensorLink(1, 2, hidden=HIDDEN, dtype=torch.float32)
+    link = TensorLink(1, hidden=HIDDEN, dtype=torch.float32)
     with pytest.raises(LinkLost, match="needs 64 bytes of rows with the call, and none came"):
         link.receive(2, None)
     with pytest.raises(LinkLost, match="and 63 bytes came"):

@@ -35,7 +35,7 @@ def test_one_response_without_streaming(text):
     for token in tokens:
         assert answer.outputs() is None
         answer.take(emit([token]))
-    answer.take(emit([], "stop", stop_token=2))
+    answer.take(emit([], "stop"))
     assert answer.done and answer.outputs() == {"text_output": ["hi Paris. 😀"]}
 
 

@@ -18,7 +18,7 @@ from trireme.weights.load import Manifest, fill_dummy, load
 
 def load_stage(directory: Path, cut: list[int], stage: int, **more) -> tuple[Decoder, Manifest]:
     decoder = build_decoder(directory, cut, stage, **more)
-    return decoder, load(decoder, decoder.build.spec, decoder.build.plan, stage, directory)
+    return decoder, load(decoder, directory)
 
 
 def rewrite(directory: Path, change) -> None:
@@ -64,7 +64,7 @@ def test_a_bfloat16_checkpoint_widens(tmp_path: Path):
 def test_progress_ends_with_all_bytes(tmp_path: Path):
     decoder = build_decoder(tiny_checkpoint(tmp_path, "llama"), [4, 1], 0)
     seen = []
-    manifest = load(decoder, decoder.build.spec, decoder.build.plan, 0, tmp_path, progress=lambda done, total: seen.append((done, total)))
+    manifest = load(decoder, tmp_path, progress=lambda done, total: seen.append((done, total)))
     assert seen[-1] == (manifest.read_bytes, manifest.read_bytes)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
 

@@ -65,10 +65,9 @@ class Emission(msgspec.Struct, frozen=True, kw_only=True):
 
     request_id: str
     index: int = 0
-    tokens: list[int] = []
+    tokens: list[int] = []  # without the stop token that ended it
     logprobs: list[Logprobs] = []  # one for each of `tokens`, where asked
     prompt_logprobs: list[Logprobs | None] | None = None  # once, with the first token; None for the first position
     finish_reason: str | None = None  # "stop" | "length" | "cancelled" | "deadline" | "error"
-    stop_token: int | None = None  # the stop token id that ended it (it is not among `tokens`)
     error: Exception | None = None  # with finish_reason "error", "cancelled" or "deadline"
     num_cached_tokens: int = 0  # prompt tokens whose pages were reused

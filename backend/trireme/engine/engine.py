@@ -63,13 +63,10 @@ class Engine:
         *,
         max_model_len: int,
         stages: Stages,
-        stats: Stats | None = None,
-        clock: Callable[[], float] = time.monotonic,
     ):
-        self.stats = stats or Stats(stages.num_stages)
+        self.stats = Stats(stages.num_stages)
         self._settings = settings
         self._max_model_len = max_model_len
-        self._clock = clock
         self._log = logger("front")
         self._events: SimpleQueue[_Event] = SimpleQueue()
         self._chain = Chain(stages, settings, self._events.put)
@@ -81,7 +78,7 @@ class Engine:
         self._ready = threading.Event()  # connected
         self._refusal: Refusal | None = None  # why it never will be
         self._fault: Exception | None = None  # what broke the last epoch
-        self._lost_at = self._clock()  # when connecting began
+        self._lost_at = time.monotonic()  # when connecting began
         self._heard_at = 0.0  # when a step last returned or was sent into an idle chain
         self._idle_sent: set[int] = set()  # numbers of steps sent into an idle chain
         self._stage_free_at = [0.0] * stages.num_stages  # when each stage last answered a step
@@ -194,7 +191,7 @@ class Engine:
         if self._ready.is_set() and self._scheduler.num_in_flight and not self._probing:
             due.append(self._heard_at + _PROBE_AFTER_S)
         times = [when for when in due if when is not None]
-        return max(0.0, min(times) - self._clock()) if times else None
+        return max(0.0, min(times) - time.monotonic()) if times else None
 
     def _handle(self, event: _Event) -> None:
         match event:
@@ -212,7 +209,7 @@ class Engine:
             case GivenUp(error):
                 self._end_all(Refusal("the model is gone", why=str(error), fix="see the log of that stage", kind="unavailable"))
             case _Probed(epoch, wrong):
-                self._probing, self._heard_at = False, self._clock()
+                self._probing, self._heard_at = False, time.monotonic()
                 if wrong:
                     self._break(epoch, StageFault(wrong))
             case _Stopped():
@@ -235,7 +232,7 @@ class Engine:
         step, scheduler = returned.step, self._live(returned.step.epoch)
         if scheduler is None:
             return
-        self._heard_at = self._clock()
+        self._heard_at = time.monotonic()
         was_idle = step.number in self._idle_sent
         self._idle_sent.discard(step.number)
         for stage, outcome in enumerate(returned.outcomes):
@@ -252,7 +249,7 @@ class Engine:
         if self._scheduler is None:
             return
         self._news += self._scheduler.expire()
-        now = self._clock()
+        now = time.monotonic()
         if not self._ready.is_set():
             if self._listeners and now >= self._lost_at + self._settings.start_timeout_s:
                 self._end_all(self._unavailable())
@@ -265,7 +262,7 @@ class Engine:
             return
         while (step := scheduler.next()) is not None:
             if scheduler.num_in_flight == 1:
-                self._heard_at = self._clock()
+                self._heard_at = time.monotonic()
                 self._idle_sent.add(step.number)
             # A step waits for those before it, each of which may take its time.
             self._chain.send(step, self._settings.step_timeout_s * scheduler.num_in_flight)
@@ -312,7 +309,7 @@ class Engine:
         self.stats.faults += 1
         self._ready.clear()
         self._fault = error
-        self._lost_at = self._clock()
+        self._lost_at = time.monotonic()
         self._chain.abandon()
         self._connect()
 
@@ -333,7 +330,7 @@ class Engine:
             except Refusal as refusal:  # stays: it takes other settings
                 self._refusal = refusal
                 return
-            self._scheduler = Scheduler(limits, self._clock, self.stats, epoch)
+            self._scheduler = Scheduler(limits, time.monotonic, self.stats, epoch)
         else:
             self._news += self._scheduler.restart(epoch, num_pages, self._fault)
         self._idle_sent.clear()

@@ -489,7 +489,7 @@ class Scheduler:
                 self._release_siblings(group)
         sequence.emitted_at = now
         if token in sequence.stops and sequence.num_output >= sequence.sampling.min_tokens:
-            return self._finish(sequence, "stop", stop_token=token, prompt_logprobs=prompt_logprobs)
+            return self._finish(sequence, "stop", prompt_logprobs=prompt_logprobs)
         sequence.log.append(token)
         self.stats.generation_tokens += 1
         values = [logprob] if logprob is not None else []

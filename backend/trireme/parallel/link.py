@@ -53,7 +53,7 @@ def form_link(
     if num_stages == 1:
         return SoloLink()
     if settings.link == "tensor":
-        return TensorLink(stage, num_stages, hidden=hidden, dtype=dtype)
+        return TensorLink(stage, hidden=hidden, dtype=dtype)
     meeting = reach_store(store, limit_s)
     meet(meeting, epoch, stage, num_stages, limit_s, give_up)
 
@@ -89,9 +89,8 @@ class CollectiveLink:
 
 
 class TensorLink:
-    def __init__(self, stage: int, num_stages: int, *, hidden: int, dtype: torch.dtype):
-        self._stage, self._num_stages = stage, num_stages
-        self._hidden, self._dtype = hidden, dtype
+    def __init__(self, stage: int, *, hidden: int, dtype: torch.dtype):
+        self._stage, self._hidden, self._dtype = stage, hidden, dtype
 
     def receive(self, num_rows: int, carried: np.ndarray | None) -> torch.Tensor | None:
         if self._stage == 0:

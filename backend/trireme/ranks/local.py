@@ -11,7 +11,6 @@ from pathlib import Path
 from trireme.core.control import Parcel
 from trireme.core.log import logger
 from trireme.core.settings import Settings
-from trireme.ranks.launch import Launcher
 from trireme.ranks.leader import Leader
 
 _TICK_S = 0.05  # how late a TimeoutError may be
@@ -20,10 +19,10 @@ _TICK_S = 0.05  # how late a TimeoutError may be
 class LocalStages:
     """Leaders in this process. `run_dir`: a private folder for their sockets; it is made, and removed by `stop` if empty."""
 
-    def __init__(self, settings: Settings, run_dir: Path, launcher: Launcher | None = None):
+    def __init__(self, settings: Settings, run_dir: Path):
         self.num_stages = settings.num_stages
         self._run_dir = run_dir
-        self._leaders = [Leader(settings, stage, run_dir, launcher) for stage in range(settings.num_stages)]
+        self._leaders = [Leader(settings, stage, run_dir) for stage in range(settings.num_stages)]
         self._waiting: dict[int, tuple[float, Callable[[Parcel | Exception], None]]] = {}  # deadline, done; by ticket
         self._tickets = itertools.count()
         self._stop = threading.Event()

@@ -40,10 +40,7 @@ def load_runner(settings: Settings, stage: int, progress: Callable[[str], None])
     choices = Choices(device.type, dtype)
     log = logger(f"stage_{stage}")
     decoder = build_stage(Build(spec, plan, stage, device, dtype, choices))
-    if settings.load_format == "dummy":
-        manifest = fill_dummy(decoder)
-    else:
-        manifest = load(decoder, spec, plan, stage, model_dir, _in_percent(progress))
+    manifest = fill_dummy(decoder) if settings.load_format == "dummy" else load(decoder, model_dir, _in_percent(progress))
     runner = Runner(
         decoder,
         settings,

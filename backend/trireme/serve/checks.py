@@ -10,7 +10,10 @@ from typing import Any
 
 from trireme.core.refusal import Refusal
 from trireme.core.settings import Settings
+from trireme.models.spec import read_spec
+from trireme.parallel.plan import Plan
 
+_SHM = "/dev/shm"
 _SHM_PER_MODEL = 8 << 20  # bytes: a stub's region starts at 1 MiB and grows with what is in flight
 
 
@@ -53,7 +56,7 @@ def server_flags() -> ServerFlags:
     return ServerFlags.read([word.decode(errors="replace") for word in words])
 
 
-def check_server(settings: Settings, flags: ServerFlags, shm: Path = Path("/dev/shm")) -> None:
+def check_server(settings: Settings, flags: ServerFlags) -> None:
     """Refusal where the server was started with too little for these settings."""
     models = 1 + settings.num_stages
     if flags.load_threads < models:
@@ -69,22 +72,30 @@ def check_server(settings: Settings, flags: ServerFlags, shm: Path = Path("/dev/
             why="steps in flight would keep the threads that send answers",
             fix=f"start tritonserver with --backend-config=python,thread-pool-size={threads}",
         )
-    space, needed = os.statvfs(shm), models * _SHM_PER_MODEL
+    space, needed = os.statvfs(_SHM), models * _SHM_PER_MODEL
     free = space.f_bavail * space.f_frsize
     if free < needed:
         raise Refusal(
-            f"{shm} has {free >> 20} MiB free, and {models} models need {needed >> 20}",
+            f"{_SHM} has {free >> 20} MiB free, and {models} models need {needed >> 20}",
             why="the server and its models exchange tensors there",
             fix="start the container with --shm-size=1g, or remove what dead servers left there",
         )
 
 
 def check_checkpoint(settings: Settings) -> None:
-    """Refusal where the checkpoint is not there."""
+    """Refusal where the checkpoint is not there, of an unknown kind, or too small for these settings."""
     model = Path(settings.model)
     fix = "set `model` in model.json to a checkpoint directory (`trireme fetch-demo` makes one)"
     if not (model / "config.json").exists():
         raise Refusal(f"no checkpoint in {model}", why="config.json is missing", fix=fix)
+    spec = read_spec(model)
+    Plan.of(settings, spec)
+    if (settings.max_model_len or 0) > spec.max_position_embeddings:
+        raise Refusal(
+            f"max_model_len={settings.max_model_len} is more than the checkpoint's {spec.max_position_embeddings}",
+            why="it knows no positions beyond",
+            fix=f"use max_model_len={spec.max_position_embeddings}, or leave it out",
+        )
     if settings.load_format != "dummy" and not any(model.glob("*.safetensors")):
         raise Refusal(f"no weights in {model}", why="there is no .safetensors file", fix=f"{fix}, or load_format to dummy")
 

@@ -12,8 +12,6 @@ import torch
 
 from trireme.core.refusal import Refusal
 from trireme.models.decoder import Decoder
-from trireme.models.spec import Spec
-from trireme.parallel.plan import Plan
 from trireme.weights.names import Sorting, sort
 from trireme.weights.reader import Checkpoint
 
@@ -35,11 +33,11 @@ class Manifest:
         return f"{self.param_bytes / 1e6:.1f} MB of parameters from {self.read_bytes / 1e6:.1f} of {self.file_bytes / 1e6:.1f} MB"
 
 
-def load(decoder: Decoder, spec: Spec, plan: Plan, stage: int, model_dir: str | Path, progress: Progress | None = None) -> Manifest:
+def load(decoder: Decoder, model_dir: str | Path, progress: Progress | None = None) -> Manifest:
     """Fill every parameter of the decoder exactly once. Refusal where tensors are missing, left over or misshapen."""
     params = dict(decoder.params())
     with Checkpoint(model_dir) as checkpoint:
-        sorting = sort(checkpoint.tensors, decoder, spec.num_layers)
+        sorting = sort(checkpoint.tensors, decoder, decoder.build.spec.num_layers)
         _refuse_other_twins(checkpoint, sorting)
         pieces = [(use, params[use.target].piece(use.part)) for use in sorting.uses]
         to_read = sum(checkpoint.tensors[use.tensor].rows_bytes(piece.dim, piece.source) for use, piece in pieces)

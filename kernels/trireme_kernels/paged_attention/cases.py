@@ -1,4 +1,4 @@
-"""Cases and inputs of paged_attention, for tests (CASES) and `trireme bench` (BENCHES)."""
+"""Cases and inputs of paged_attention, for tests."""
 
 from __future__ import annotations
 
@@ -21,10 +21,6 @@ CASES = (
     Case("cpu", torch.float32, {**_MHA, "items": 3, "max_queries": 30, "max_keys": 120, "window": 20}),
     Case("cpu", torch.bfloat16, {**_MHA, "items": 6, "max_queries": 1, "max_keys": 120, "window": 33}),
     Case("cpu", torch.float32, {**_MQA, "items": 3, "max_queries": 20, "max_keys": 70}),
-)
-BENCHES = tuple(
-    Case("cpu", torch.float32, {**_DEMO, "items": items, "max_queries": queries, "max_keys": keys})
-    for items, queries, keys in ((1, 1, 64), (1, 1, 1024), (8, 1, 512), (64, 1, 1024), (1, 512, 512), (8, 64, 512))
 )
 
 

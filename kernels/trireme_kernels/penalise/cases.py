@@ -1,4 +1,4 @@
-"""Cases and inputs of penalise, for tests (CASES) and `trireme bench` (BENCHES)."""
+"""Cases and inputs of penalise, for tests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from trireme_kernels.case import Case
 from trireme_kernels.penalise.op import Penalise
 
 CASES = (Case("cpu", torch.float32, {"vocab": 1000, "rows": 4}),)
-BENCHES = tuple(Case("cpu", torch.float32, {"vocab": 49152, "rows": rows}) for rows in (1, 64))
 
 
 def inputs(case: Case, seed: int) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""Cases and inputs of qk_rope_write, for tests (CASES) and `trireme bench` (BENCHES)."""
+"""Cases and inputs of qk_rope_write, for tests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ CASES = (
     Case("cpu", torch.bfloat16, {**_DEMO, "rows": 5, "norm": 1}),
     Case("cpu", torch.float32, {"num_heads": 4, "num_kv_heads": 4, "head_dim": 80, "rows": 1, "norm": 1}),
 )
-BENCHES = tuple(Case("cpu", torch.float32, {**_DEMO, "rows": rows, "norm": 0}) for rows in (1, 64, 512))
 
 
 def inputs(case: Case, seed: int) -> tuple[Any, ...]:

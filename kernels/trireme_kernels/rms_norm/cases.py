@@ -1,4 +1,4 @@
-"""Cases and inputs of rms_norm, for tests (CASES) and `trireme bench` (BENCHES)."""
+"""Cases and inputs of rms_norm, for tests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ CASES = (
     Case("cpu", torch.float32, {"hidden": 64, "rows": 1}),
     Case("cpu", torch.bfloat16, {"hidden": 40, "rows": 3}),
 )
-BENCHES = tuple(Case("cpu", torch.float32, {"hidden": 576, "rows": rows}) for rows in (1, 64, 512))
 
 
 def inputs(case: Case, seed: int) -> tuple[Tensor, Tensor, float]:

@@ -1,4 +1,4 @@
-"""Cases and inputs of sample, for tests (CASES) and `trireme bench` (BENCHES)."""
+"""Cases and inputs of sample, for tests."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ from torch import Tensor
 from trireme_kernels.case import Case
 from trireme_kernels.sample.op import Sample
 
-CASES = (Case("cpu", torch.float32, {"vocab": 1000, "rows": 12, "drawn": 1, "filtered": 1}),)
-BENCHES = tuple(
-    Case("cpu", torch.float32, {"vocab": 49152, "rows": rows, "drawn": drawn, "filtered": filtered})
-    for rows in (1, 8, 64)
+CASES = tuple(
+    Case("cpu", torch.float32, {"vocab": 1000, "rows": 12, "drawn": drawn, "filtered": filtered})
     for drawn, filtered in ((0, 0), (1, 0), (1, 1))
 )
 

@@ -1,4 +1,4 @@
-"""Cases and inputs of silu_mul, for tests (CASES) and `trireme bench` (BENCHES)."""
+"""Cases and inputs of silu_mul, for tests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ CASES = (
     Case("cpu", torch.bfloat16, {"intermediate": 1536, "rows": 3}),
     Case("cpu", torch.float32, {"intermediate": 100, "rows": 7}),
 )
-BENCHES = tuple(Case("cpu", torch.float32, {"intermediate": 1536, "rows": rows}) for rows in (1, 64, 512))
 
 
 def inputs(case: Case, seed: int) -> tuple[Tensor]:
