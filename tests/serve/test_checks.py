@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -55,10 +56,36 @@ def test_too_little_shared_memory(monkeypatch):
 def test_missing_checkpoint(tmp_path):
     with pytest.raises(Refusal, match=r"config.json is missing.*fetch-demo"):
         check_checkpoint(settings(model=str(tmp_path)))
-    (tmp_path / "config.json").write_text("{}")
+    _write_config(tmp_path)
     with pytest.raises(Refusal, match=r"no \.safetensors"):
         check_checkpoint(settings(model=str(tmp_path)))
-    check_checkpoint(settings(model=str(tmp_path), load_format="dummy"))
+    check_checkpoint(settings(model=str(tmp_path), load_format="dummy", max_model_len=64))
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"pipeline_parallel_size": 3}, "3 stages"),
+        ({"pipeline_parallel_size": 2, "layer_cut": [2, 2]}, "does not cut 2 layers"),
+        ({"max_model_len": 65}, "use max_model_len=64"),
+    ],
+)
+def test_checkpoint_too_small(tmp_path, values, sentence):
+    _write_config(tmp_path)
+    with pytest.raises(Refusal, match=sentence):
+        check_checkpoint(settings(model=str(tmp_path), load_format="dummy", **values))
+
+
+def test_unknown_kind_of_checkpoint(tmp_path):
+    _write_config(tmp_path, architectures=["MambaForCausalLM"])
+    with pytest.raises(Refusal, match="MambaForCausalLM"):
+        check_checkpoint(settings(model=str(tmp_path)))
+
+
+def _write_config(directory, **values):
+    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 16}
+    config = {"architectures": ["LlamaForCausalLM"], **sizes, "max_position_embeddings": 64, **values}
+    (directory / "config.json").write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize(

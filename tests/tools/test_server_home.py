@@ -94,5 +94,11 @@ def test_a_taken_port_is_refused_by_its_name():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        with pytest.raises(Refusal, match=f"grpc port {taken.getsockname()[1]} is taken"):
-            check_ports(Ports(0, taken.getsockname()[1], 0))
+        with pytest.raises(Refusal, match=f"http port {taken.getsockname()[1]} is taken"):
+            check_ports(Ports(taken.getsockname()[1]))
+
+
+@pytest.mark.parametrize("ports", [Ports(8000, 8000), Ports(99999), Ports(0)])
+def test_ports_that_cannot_be(ports):
+    with pytest.raises(Refusal, match="cannot be used"):
+        check_ports(ports)

@@ -55,29 +55,36 @@ def generate(
         "seed": seed,
     }
     given = {name: value for name, value in values.items() if value is not None}
-    text = sys.stdin.read() if input_ids == "-" else Path(input_ids).read_text()
-    for tokens in complete(settings, _requests(settings, text.splitlines(), given)):
+    for tokens in complete(settings, read_requests(settings, input_ids, given)):
         print(json.dumps({"output_ids": tokens}) if json_lines else " ".join(map(str, tokens)))
 
 
-def _requests(settings: Settings, lines: list[str], given: dict[str, Any]) -> list[Request]:
+def read_requests(settings: Settings, name: str, given: dict[str, Any]) -> list[Request]:
+    """Requests of the file `name`, each with the sampling values `given`."""
     spec = read_spec(Path(settings.model))
     defaults, limit = Defaults.of(Path(settings.model), settings.default_max_tokens), settings.max_model_len or spec.max_position_embeddings
     requests = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(_lines(name), 1):
         if line.strip():
-            prompt = _prompt(line, number)
+            prompt = _prompt(line, number, spec.vocab_size)
             sampling = make_sampling(given, defaults, vocab_size=spec.vocab_size, prompt_len=len(prompt), max_model_len=limit)
             requests.append(Request(id=str(number), prompt=prompt, sampling=sampling))
     return requests
 
 
-def _prompt(line: str, number: int) -> list[int]:
+def _lines(name: str) -> list[str]:
+    try:
+        return (sys.stdin.read() if name == "-" else Path(name).read_text()).splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise Refusal(f"{name} cannot be read", why=str(error), fix="give a file of JSON lines, or - for standard input") from None
+
+
+def _prompt(line: str, number: int, vocab_size: int) -> list[int]:
     try:
         tokens = json.loads(line)["input_ids"]
-        if isinstance(tokens, list) and tokens and all(type(token) is int for token in tokens):
+        if isinstance(tokens, list) and tokens and all(type(token) is int and 0 <= token < vocab_size for token in tokens):
             return tokens
-        why = "input_ids must be a list of at least one token id"
+        why = f"input_ids must be a list of at least one token id, from 0 to {vocab_size - 1}"
     except (ValueError, KeyError, TypeError) as error:
         why = repr(error)
     raise Refusal(f"line {number} of the input is no prompt", why=why, fix='write {"input_ids": [1, 2, 3]}')

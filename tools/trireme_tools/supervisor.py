@@ -213,14 +213,17 @@ def sweep_run_folders() -> None:
 
 
 def check_ports(ports: Ports) -> None:
-    for name in ("http", "grpc", "metrics"):
-        port = getattr(ports, name)
+    numbers = [ports.http, ports.grpc, ports.metrics]
+    for name, port in zip(("http", "grpc", "metrics"), numbers, strict=True):
+        fix = f"give another --{name}-port"
+        if not 0 < port < 1 << 16 or numbers.count(port) > 1:
+            raise Refusal(f"{name} port {port} cannot be used", why="the server needs three ports from 1 to 65535", fix=fix)
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind((ports.address, port))
             except OSError as error:
-                raise Refusal(f"{name} port {port} is taken", why=error.strerror or str(error), fix=f"give another --{name}-port") from None
+                raise Refusal(f"{name} port {port} is taken", why=error.strerror or str(error), fix=fix) from None
 
 
 def _die_with_parent() -> None:
