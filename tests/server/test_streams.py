@@ -172,7 +172,7 @@ def test_a_load_of_good_bad_and_cancelled_requests(server, checkpoint, text):
         except Exception as error:
             faults.append(f"{number}: {error!r}")
 
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(40)]
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(64)]
     for thread in threads:
         thread.start()
     for thread in threads:
