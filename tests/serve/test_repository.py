@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
+from trireme.core.refusal import Refusal
 from trireme.core.settings import make_settings, read_settings
 from trireme.serve.repository import files, write_repository
 
@@ -24,3 +27,9 @@ def test_every_model_reads_the_same_settings(tmp_path):
     read = {read_settings(path) for path in (tmp_path / "repository").glob("*/1/model.json")}
     assert len(list((tmp_path / "repository").glob("*/1/model.json"))) == 4
     assert read == {make_settings({"model": str(tmp_path / "models/x"), "pipeline_parallel_size": 3, "link": "tensor"})}
+
+
+def test_a_stage_too_many_is_not_left_for_the_server(tmp_path):
+    write_repository(make_settings({"model": "models/x", "pipeline_parallel_size": 3}), tmp_path)
+    with pytest.raises(Refusal, match=r"has a stage_2.*remove"):
+        write_repository(make_settings({"model": "models/x", "pipeline_parallel_size": 2}), tmp_path)

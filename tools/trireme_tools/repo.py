@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from trireme.core.refusal import Refusal
 from trireme.core.settings import make_settings
 from trireme.serve.repository import files, write_repository
 from trireme_tools.settings_options import override, settings_options
@@ -25,6 +26,9 @@ def repo(
     model = model_dir.resolve()
     name = os.path.relpath(model, output.resolve().parent) if relative else str(model)
     settings = override(make_settings({"model": name}), chosen)
-    write_repository(settings, output)
+    try:
+        write_repository(settings, output)
+    except OSError as error:
+        raise Refusal(f"{output} cannot be written", why=str(error), fix="name a directory that can be") from None
     for path in sorted(files(settings)):
         print(output / path)

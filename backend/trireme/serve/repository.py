@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from trireme.core.refusal import Refusal
 from trireme.core.settings import Settings, write_settings
 from trireme.serve.signature import INPUTS, OUTPUTS, STAGE_INPUTS, STAGE_OUTPUTS, Field
 
@@ -38,7 +39,14 @@ def files(settings: Settings) -> dict[Path, str]:
 
 
 def write_repository(settings: Settings, directory: Path) -> None:
-    """Writes the files; others in the directory stay."""
+    """Writes the files; others in the directory stay. Refusal for a stage beyond these: a server would load it, too."""
+    stale = stage_name(settings.num_stages)
+    if (directory / stale).exists():
+        raise Refusal(
+            f"{directory} has a {stale}, and {settings.num_stages} stages are to be written",
+            why="a server would load it, too",
+            fix="remove the old stages, or name another directory",
+        )
     for path, text in files(settings).items():
         target = directory / path
         target.parent.mkdir(parents=True, exist_ok=True)
