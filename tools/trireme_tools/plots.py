@@ -63,6 +63,11 @@ def plot_pipeline(bars: Sequence[Bar], path: Path, title: str) -> None:
         axes.barh(bar.stage, bar.busy * 1e3, left=left + bar.receiving * 1e3, height=0.7, color=colour, edgecolor="white", linewidth=0.3)
         if len(bars) <= 80:
             axes.text(left + (bar.receiving + bar.busy / 2) * 1e3, bar.stage, str(bar.number), ha="center", va="center", fontsize=7)
-    axes.set(title=title, xlabel="ms", yticks=stages, yticklabels=[f"stage {stage}" for stage in stages])
+    axes.set(
+        title=title,
+        xlabel="ms (hatched: waits for rows or tokens of another stage; white: a bubble)",
+        yticks=stages,
+        yticklabels=[f"stage {stage}" for stage in stages],
+    )
     axes.invert_yaxis()
     figure.savefig(path, dpi=120)
