@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from trireme.core.refusal import Refusal
 
 _PREFIX = "trireme_"
-Page = Mapping[tuple[str, str], float]  # (name without the prefix, stage or "") -> sum over all other labels
+Page = Mapping[tuple[str, str], float]  # (name without the prefix and _total, stage or "") -> sum over all other labels
 
 
 def read_page(url: str) -> Page:
@@ -24,7 +24,8 @@ def read_page(url: str) -> Page:
     for family in text_string_to_metric_families(text):
         for name, labels, value, *_ in family.samples:
             if name.startswith(_PREFIX):
-                key = (name.removeprefix(_PREFIX), labels.get("stage", ""))
+                # the parser ends every counter's name with _total
+                key = (name.removeprefix(_PREFIX).removesuffix("_total"), labels.get("stage", ""))
                 page[key] = page.get(key, 0.0) + value
     return page
 
@@ -32,14 +33,14 @@ def read_page(url: str) -> Page:
 def between(before: Page, after: Page, seconds: float) -> dict[str, float | dict[str, float]]:
     """Steps and hops of `seconds` seconds, and each stage's share of them spent computing and the steps it put in order."""
     grown = {key: value - before.get(key, 0.0) for key, value in after.items()}
-    steps, hops = grown.get(("steps_total", ""), 0.0), grown.get(("bls_hop_seconds_count", ""), 0.0)
-    stages = sorted(stage for name, stage in after if name == "stage_busy_seconds_total")
+    steps, hops = grown.get(("steps", ""), 0.0), grown.get(("bls_hop_seconds_count", ""), 0.0)
+    stages = sorted(stage for name, stage in after if name == "stage_busy_seconds")
     return {
         "steps_per_s": steps / seconds,
-        "rows_per_step": grown.get(("step_rows_total", ""), 0.0) / steps if steps else 0.0,
+        "rows_per_step": grown.get(("step_rows", ""), 0.0) / steps if steps else 0.0,
         "bls_hop_ms": 1e3 * grown.get(("bls_hop_seconds_sum", ""), 0.0) / hops if hops else 0.0,
-        "preemptions": grown.get(("preemptions_total", ""), 0.0),
-        "faults": grown.get(("faults_total", ""), 0.0),
-        "stage_busy_share": {stage: grown[("stage_busy_seconds_total", stage)] / seconds for stage in stages},
+        "preemptions": grown.get(("preemptions", ""), 0.0),
+        "faults": grown.get(("faults", ""), 0.0),
+        "stage_busy_share": {stage: grown[("stage_busy_seconds", stage)] / seconds for stage in stages},
         "stage_reordered_steps": {stage: grown.get(("stage_reordered_steps", stage), 0.0) for stage in stages},
     }
