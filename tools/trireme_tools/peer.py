@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from trireme_tools.workload import Ask
 
 
+@torch.inference_mode()
 def generate_batches(model_dir: str, workload: Sequence[Ask], batch_size: int, progress: Callable[[int], None]) -> dict[str, float | int]:
     """Speed over the whole workload. A batch runs until its longest answer is done (transformers cannot do otherwise);
     only tokens that were asked for count. Shorter prompts are padded in front. One warm-up forward is not counted."""
