@@ -136,7 +136,7 @@ class Leader:
             state = "healing"
         else:
             state = "starting" if "starting" in states else "loading"
-        behind = [f"{rank.name} {rank.state.detail}" for rank in self._ranks if not rank.is_ready]
+        behind = [f"{rank.name} {rank.state.detail or f'is {rank.state.state}'}" for rank in self._ranks if not rank.is_ready]
         return StageState(
             stage=self._stage,
             state=state,
