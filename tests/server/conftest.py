@@ -46,6 +46,11 @@ def text(checkpoint) -> Text:
 
 @pytest.fixture(scope="session")
 def server(checkpoint, tmp_path_factory) -> Iterator[ServerProcess]:
-    with ServerProcess(tmp_path_factory.mktemp("server"), model=str(checkpoint), pipeline_parallel_size=2) as server:
+    server = ServerProcess(tmp_path_factory.mktemp("server"), model=str(checkpoint), pipeline_parallel_size=2).start()
+    try:
+        server.wait_ready()
         yield server
         assert server.metric("pages_used") == 0 and server.metric("requests_running") == 0
+        server.stop(cancelled=True)
+    finally:
+        server.kill()

@@ -150,8 +150,12 @@ class ServerProcess:
     def rank(self, stage: int) -> psutil.Process:
         return next(process for process in self.family() if f'"stage":{stage},' in "".join(process.cmdline()))
 
-    def stop(self) -> None:
-        """As a user does it; then nothing of it may be left."""
+    def stop(self, *, cancelled: bool = False) -> None:
+        """As a user does it; then nothing of it may be left.
+
+        `cancelled`: gRPC clients have cancelled streams. Then this server (24.10) may hold on to their model until its exit
+        timeout and end with 1 (seen also where every request is answered by a loop of four lines), so its exit code and
+        shared memory, which `trireme serve` sweeps, say nothing."""
         assert self.process is not None, "started"
         self.process.send_signal(signal.SIGTERM)
         try:
@@ -164,7 +168,10 @@ class ServerProcess:
                 list(SHM.glob(f"{self.prefix}*")),
                 run_folder(self.process.pid).exists(),
             )
-            assert (code, *left) == (0, [], [], False), self.log[-4000:]
+            if cancelled and code == 1:
+                left = (left[0], [], left[2])
+            assert code == 0 or cancelled, self.log[-4000:]
+            assert left == ([], [], False), self.log[-4000:]
         finally:
             self.kill()
 
