@@ -16,9 +16,9 @@ from typing import Any
 import psutil
 
 from trireme.core.settings import make_settings
+from trireme.serve.place import run_folder
 from trireme.serve.repository import write_repository
 from trireme_tools.server_home import Ports, command, find_server, lay_out
-from trireme_tools.supervisor import run_folder
 
 SHM = Path("/dev/shm")
 

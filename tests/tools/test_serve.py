@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from layout.sources import HOME, ROOTS
-from trireme_tools.supervisor import run_folder
+from trireme.serve.place import run_folder
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(180)]
 

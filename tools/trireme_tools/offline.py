@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +17,7 @@ from trireme.core.settings import Settings
 from trireme.engine.engine import Engine
 from trireme.models.spec import read_spec
 from trireme.ranks.local import LocalStages
+from trireme.serve.place import run_folder
 from trireme_tools.load import Record
 from trireme_tools.workload import Ask
 
@@ -27,7 +27,7 @@ def running(settings: Settings) -> Iterator[Engine]:
     """An engine whose stages are ready. Refusal where they do not get ready. Nothing is left at the end."""
     os.environ.setdefault("TRIREME_LOG", "WARNING")  # of this process and the ranks: the verbs say themselves what there is to say
     max_model_len = settings.max_model_len or read_spec(Path(settings.model)).max_position_embeddings
-    stages = LocalStages(settings, Path(tempfile.gettempdir(), f"trireme-{os.getuid()}", str(os.getpid())))
+    stages = LocalStages(settings, run_folder(os.getpid()))
     engine = Engine(settings, max_model_len=max_model_len, stages=stages)
     stages.start()
     engine.start()

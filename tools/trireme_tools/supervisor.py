@@ -10,7 +10,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -23,7 +22,8 @@ import psutil
 
 from trireme.core.refusal import Refusal
 from trireme.core.settings import Settings
-from trireme.serve.checks import ServerFlags, check_server
+from trireme.serve.checks import ServerFlags, check_server, open_calls
+from trireme.serve.place import run_folder, sweep_run_folders
 from trireme.serve.repository import FRONT
 from trireme_tools.server_home import Ports, ServerHome, check_libraries, command, lay_out
 
@@ -197,19 +197,7 @@ class Supervisor:
 def thread_pool(settings: Settings) -> int:
     """BLS calls and response sends share it: every step in flight holds a thread at every stage, and the calls that a dead
     stub had hold theirs for ever (twenty deaths lost 49 threads, measured)."""
-    return max(256, settings.inflight * settings.num_stages + 8)
-
-
-def run_folder(server_pid: int) -> Path:
-    """What the stubs of one server share (sockets): as serve/place has it, seen from outside."""
-    return Path(tempfile.gettempdir(), f"trireme-{os.getuid()}", str(server_pid))
-
-
-def sweep_run_folders() -> None:
-    """Removes those of servers that are gone: killed, or stopped without a supervisor."""
-    for folder in run_folder(0).parent.glob("[0-9]*"):
-        if not psutil.pid_exists(int(folder.name)):
-            shutil.rmtree(folder, ignore_errors=True)
+    return max(256, open_calls(settings))
 
 
 def check_ports(ports: Ports) -> None:

@@ -56,6 +56,11 @@ def server_flags() -> ServerFlags:
     return ServerFlags.read([word.decode(errors="replace") for word in words])
 
 
+def open_calls(settings: Settings) -> int:
+    """Threads of the server that a healthy front can hold at once: a step in flight holds one at every stage; the rest send answers."""
+    return settings.inflight * settings.num_stages + 8
+
+
 def check_server(settings: Settings, flags: ServerFlags) -> None:
     """Refusal where the server was started with too little for these settings."""
     models = 1 + settings.num_stages
@@ -65,7 +70,7 @@ def check_server(settings: Settings, flags: ServerFlags) -> None:
             why="models that wait for each other while they load would wait for ever",
             fix=f"start tritonserver with --model-load-thread-count={models}",
         )
-    threads = settings.inflight * settings.num_stages + 8
+    threads = open_calls(settings)
     if flags.thread_pool < threads:
         raise Refusal(
             f"the server's thread-pool-size is {flags.thread_pool}, and {threads} calls can be open at once",

@@ -23,14 +23,23 @@ def run_dir() -> Path:
     if server == 1 and b"1" not in Path("/proc/self/cmdline").read_bytes().split(b"\0"):
         # adopted by init: a server that itself is process 1 of its container names itself on the stub's command line
         raise Refusal("the server of this model is gone", why="it ended while the model loaded", fix="start it again", kind="unavailable")
-    return Path(tempfile.gettempdir(), f"trireme-{os.getuid()}", str(server))
+    return run_folder(server)
+
+
+def run_folder(pid: int) -> Path:
+    """That of the server with this process id, or of another process that leads stages."""
+    return Path(tempfile.gettempdir(), f"trireme-{os.getuid()}", str(pid))
 
 
 def leave(folder: Path) -> None:
     """Remove a run folder if this was the last to use it, and those of servers that were killed."""
     with contextlib.suppress(OSError):
         folder.rmdir()
-    with contextlib.suppress(OSError):
-        for other in folder.parent.iterdir():
-            if other.name.isdigit() and not Path("/proc", other.name).exists():
-                shutil.rmtree(other, ignore_errors=True)
+    sweep_run_folders()
+
+
+def sweep_run_folders() -> None:
+    """Remove those of servers that are gone: killed, or stopped without a supervisor."""
+    for folder in run_folder(0).parent.glob("[0-9]*"):
+        if not Path("/proc", folder.name).exists():
+            shutil.rmtree(folder, ignore_errors=True)
