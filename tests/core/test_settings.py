@@ -40,12 +40,35 @@ def test_written_settings_read_back(tmp_path):
         ({"model": "m", "max_num_seqs": 0}, "max_num_seqs=0 is too small"),
         ({"model": "m", "link": "telepathy"}, "link"),
         ({"model": "m", "layer_cut": [4], "pipeline_parallel_size": 2}, "layer_cut names 1 stages"),
-        ({"model": "m", "tensor_parallel_size": 2}, "not there yet"),
+        ({"model": "m", "context_parallel_size": 0}, "context_parallel_size=0 is too small"),
+        ({"model": "m", "experts": "scattered"}, "experts"),
+        ({"model": "m", "sequence_parallel": "auto"}, "sequence_parallel='auto' is none of off, on and a number of rows"),
+        ({"model": "m", "sequence_parallel": True}, "sequence_parallel=True is none of"),
+        ({"model": "m", "sequence_parallel": 0}, "sequence_parallel=0 is none of"),
+        ({"model": "m", "devices": [[0], [1]]}, "devices names 2 stages but pipeline_parallel_size is 1"),
+        ({"model": "m", "tensor_parallel_size": 2, "context_parallel_size": 2, "devices": [[0, 1]]}, "names 2 for the 4 ranks of stage 0"),
+        ({"model": "m", "pipeline_parallel_size": 2, "devices": [[0], [1, 2]]}, "names 2 for the 1 ranks of stage 1"),
+        ({"model": "m", "pipeline_parallel_size": 2, "devices": [[0], [-1]]}, "numbered from 0"),
+        ({"model": "m", "pipeline_parallel_size": 2, "tensor_parallel_size": 2, "devices": [[0, 1], [2, 0]]}, "device 0 twice"),
     ],
 )
 def test_bad_settings_are_refused_by_name(values, says):
     with pytest.raises(Refusal, match=says):
         make_settings(values)
+
+
+def test_a_stage_has_tp_times_cp_ranks():
+    wide = {"pipeline_parallel_size": 2, "tensor_parallel_size": 2, "context_parallel_size": 2, "expert_parallel_size": 4}
+    settings = make_settings({"model": "m", **wide, "devices": [[0, 1, 2, 3], [4, 5, 6, 7]]})
+    assert (settings.ranks_per_stage, settings.world) == (4, 8)
+
+
+@pytest.mark.parametrize(("given", "tp", "rows"), [("off", 4, None), ("on", 4, 4), (64, 4, 64), ("on", 1, None), (64, 1, None)])
+def test_sequence_parallelism_begins_at_a_number_of_rows(given, tp, rows):
+    settings = make_settings({"model": "m", "sequence_parallel": given, "tensor_parallel_size": tp, "context_parallel_size": 2})
+    assert settings.sp_from == rows
+    limits = Limits.of(settings, max_model_len=32, num_pages=2)
+    assert (limits.sp_from, limits.cp) == (rows, 2)
 
 
 def test_broken_files_are_refused(tmp_path):

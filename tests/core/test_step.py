@@ -20,7 +20,20 @@ from trireme.core.control import (
 )
 from trireme.core.refusal import Refusal
 from trireme.core.request import Logprobs, Sampling
-from trireme.core.step import Clock, Open, Outcome, PromptLogprobs, Step, array, first_checksum, ints, pack_step, peek_step, verify_step
+from trireme.core.step import (
+    Clock,
+    Open,
+    Outcome,
+    PromptLogprobs,
+    Regime,
+    Step,
+    array,
+    first_checksum,
+    ints,
+    pack_step,
+    peek_step,
+    verify_step,
+)
 
 
 def step(number: int, epoch: int = 3) -> Step:
@@ -36,6 +49,7 @@ def step(number: int, epoch: int = 3) -> Step:
         page_writes=ints([[0, 0, 9]]),
         bans=[(1, [2, 3])],
         returns=True,
+        sp=True,
     )
 
 
@@ -46,6 +60,7 @@ def test_a_step_comes_out_as_it_went_in():
     assert peek_step(message) == step(0)
     assert verify_step(message, first_checksum(3)) == checksum
     assert (step(0).num_rows, step(0).num_items, step(0).num_samples) == (4, 2, 1)
+    assert (peek_step(message).regime, Step(0, 0, b"", b"", b"", b"", b"").regime) == (Regime(sp=True, cp=False), Regime())
     assert array(peek_step(message).tokens).tolist() == [5, 6, 7, -1]
 
 

@@ -35,6 +35,18 @@ def test_only_what_was_said_is_chosen():
     words = ("--pp", "2", "--layer-cut", "16,14", "--link", "tensor", "--no-enable-prefix-caching", "--step-timeout-s", "2.5")
     expected = {"pipeline_parallel_size": 2, "layer_cut": [16, 14], "link": "tensor", "enable_prefix_caching": False, "step_timeout_s": 2.5}
     assert chosen_by(*words) == {"name": "x", **expected}
+    words = ("--tp", "2", "--cp", "2", "--ep", "4", "--moe-dp", "1", "--sp", "64", "--experts", "dispatched", "--devices", "0,1;2,3")
+    expected = {
+        "tensor_parallel_size": 2,
+        "context_parallel_size": 2,
+        "expert_parallel_size": 4,
+        "moe_data_parallel_size": 1,
+        "sequence_parallel": 64,
+        "experts": "dispatched",
+        "devices": [[0, 1], [2, 3]],
+    }
+    assert chosen_by(*words) == {"name": "x", **expected}
+    assert chosen_by("--sp", "on")["sequence_parallel"] == "on"
 
 
 def test_a_bad_choice_is_refused_as_in_the_file():
@@ -42,9 +54,20 @@ def test_a_bad_choice_is_refused_as_in_the_file():
         override(Settings(model="m"), {"link": "pigeon"})
     with pytest.raises(Refusal, match="layer cut"):
         chosen_by("--layer-cut", "a,b")
+    with pytest.raises(Refusal, match="devices '0,1;' are not numbers"):
+        chosen_by("--devices", "0,1;")
+    with pytest.raises(Refusal, match="sequence_parallel='sometimes'"):
+        override(Settings(model="m"), {"sequence_parallel": chosen_by("--sp", "sometimes")["sequence_parallel"]})
 
 
 def test_another_pp_forgets_the_cut_of_the_file():
     settings = Settings(model="m", pipeline_parallel_size=2, layer_cut=[1, 2])
     assert override(settings, {"pipeline_parallel_size": 3}).layer_cut is None
     assert override(settings, {"async_depth": 2}).layer_cut == [1, 2]
+
+
+def test_other_sizes_forget_the_devices_of_the_file():
+    settings = Settings(model="m", tensor_parallel_size=2, devices=[[0, 1]])
+    assert override(settings, {"tensor_parallel_size": 1}).devices is None
+    assert override(settings, {"context_parallel_size": 1, "devices": [[2, 3]]}).devices == [[2, 3]]
+    assert override(settings, {"async_depth": 2}).devices == [[0, 1]]

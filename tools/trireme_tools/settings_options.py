@@ -16,22 +16,52 @@ from trireme.core.settings import Settings, make_settings
 
 @dataclass(frozen=True)
 class Flag:
-    """How one setting is spelt on the command line; None: as the setting itself."""
+    """How one setting is spelt on the command line; `name` None: as the setting itself."""
 
     help: str
     name: str | None = None
+    read: Callable[[str], Any] | None = None  # text to value, where the setting is no plain number, switch or word
+
+
+def _cut(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise Refusal(f"layer cut {text!r} is not numbers", why="one for each stage", fix="write --layer-cut 16,14") from None
+
+
+def _devices(text: str) -> list[list[int]]:
+    try:
+        return [[int(device) for device in stage.split(",")] for stage in text.split(";")]
+    except ValueError:
+        why = "a comma stands between devices, a semicolon between stages"
+        raise Refusal(f"devices {text!r} are not numbers", why=why, fix='write --devices "0,1;2,3"') from None
+
+
+def _word_or_rows(text: str) -> str | int:
+    return int(text) if text.isdecimal() else text
+
+
+def _path(text: str) -> str:
+    return str(Path(text).resolve())
 
 
 # every setting but `model`, which each verb takes in its own way
 FLAGS = {
     "pipeline_parallel_size": Flag("pipeline stages", "--pp"),
     "tensor_parallel_size": Flag("ranks that share each layer of a stage", "--tp"),
+    "context_parallel_size": Flag("groups of such ranks that share the rows of prompts: a stage has tp * cp ranks", "--cp"),
+    "expert_parallel_size": Flag("parts that the experts of a layer are dealt into", "--ep"),
+    "moe_data_parallel_size": Flag("copies of the experts in a stage: 1 or cp", "--moe-dp"),
+    "sequence_parallel": Flag("rows between layers cut over tp: off, on, or from how many rows of a step on", "--sp", _word_or_rows),
+    "experts": Flag("how rows and experts meet: gathered or dispatched"),
+    "devices": Flag('devices of the ranks of each stage, as "0,1;2,3"', read=_devices),
     "async_depth": Flag("steps in flight beyond pp"),
     "link": Flag("how rows go from stage to stage: collective or tensor"),
-    "layer_cut": Flag("layers of each stage, as 16,14 (default: by a cost model)"),
+    "layer_cut": Flag("layers of each stage, as 16,14 (default: by a cost model)", read=_cut),
     "dtype": Flag("auto, float32, bfloat16 or float16"),
     "load_format": Flag("auto, or dummy for random weights"),
-    "tokenizer": Flag("another directory for tokenizer and chat template"),
+    "tokenizer": Flag("another directory for tokenizer and chat template", read=_path),
     "max_model_len": Flag("tokens of prompt and output together (default: the checkpoint's)"),
     "max_num_seqs": Flag("sequences running at once"),
     "max_num_batched_tokens": Flag("rows of one step"),
@@ -45,8 +75,15 @@ FLAGS = {
     "request_timeout_s": Flag("seconds after which a request that names no deadline is ended"),
     "step_timeout_s": Flag("seconds after which a step is a fault"),
     "start_timeout_s": Flag("seconds that ranks may take to load"),
-    "step_trace": Flag("file for one JSON line a step and stage, for `trireme trace`"),
+    "step_trace": Flag("file for one JSON line a step and stage, for `trireme trace`", read=_path),
     "served_model_name": Flag("label `model` of the metrics"),
+}
+
+
+# settings that list stages or ranks -> the sizes they must fit
+_NAMED_BY_PLACE = {
+    "layer_cut": {"pipeline_parallel_size"},
+    "devices": {"pipeline_parallel_size", "tensor_parallel_size", "context_parallel_size"},
 }
 
 
@@ -57,12 +94,8 @@ def settings_options(verb: Callable[..., Any]) -> Callable[..., Any]:
     own = inspect.signature(verb, eval_str=True)
 
     def command(**values: Any) -> Any:
-        given = {name: values.pop(name) for name in FLAGS}
-        chosen = {name: value for name, value in given.items() if value is not None}
-        if "layer_cut" in chosen:
-            chosen["layer_cut"] = _cut(chosen["layer_cut"])
-        for name in {"tokenizer", "step_trace"} & set(chosen):
-            chosen[name] = str(Path(chosen[name]).resolve())
+        given = {name: (flag.read, values.pop(name)) for name, flag in FLAGS.items()}
+        chosen = {name: read(value) if read else value for name, (read, value) in given.items() if value is not None}
         return verb(**values, chosen=chosen)
 
     keep = [parameter for name, parameter in own.parameters.items() if name != "chosen"]
@@ -75,22 +108,17 @@ def settings_options(verb: Callable[..., Any]) -> Callable[..., Any]:
 def override(settings: Settings, chosen: dict[str, Any]) -> Settings:
     """The settings with what the user chose on the command line, checked again."""
     values = {name: getattr(settings, name) for name in Settings.__struct_fields__}
-    if "pipeline_parallel_size" in chosen and "layer_cut" not in chosen:
-        values["layer_cut"] = None  # that of a file names other stages
+    for name, sizes in _NAMED_BY_PLACE.items():
+        if sizes & set(chosen):
+            values[name] = None  # that of a file names other stages or ranks
     return make_settings(values | chosen)
 
 
 def _option(name: str, flag: Flag, hint: Any) -> inspect.Parameter:
     spelling = flag.name or f"--{name.replace('_', '-')}"
-    plain = next((kind for kind in (bool, int, float) if kind is hint or kind in get_args(hint)), str)  # a str is checked by make_settings
+    kinds = (bool, int, float) if flag.read is None else ()
+    plain = next((kind for kind in kinds if kind is hint or kind in get_args(hint)), str)  # a str is checked by make_settings
     if plain is bool:
         spelling = f"{spelling}/--no-{spelling.removeprefix('--')}"
     option = typer.Option(spelling, help=flag.help, rich_help_panel="Settings", show_default=False)
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[plain | None, option])
-
-
-def _cut(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise Refusal(f"layer cut {text!r} is not numbers", why="one for each stage", fix="write --layer-cut 16,14") from None

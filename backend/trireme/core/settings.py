@@ -29,7 +29,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, fo
     kv_cache_memory_bytes: int = 1 << 30  # of one rank's pages
     num_pages: int | None = None  # exact number of pages, in place of bytes
     pipeline_parallel_size: int = 1
-    tensor_parallel_size: int = 1
+    tensor_parallel_size: int = 1  # of attention and dense layers
+    context_parallel_size: int = 1  # a stage has tp * cp ranks
+    expert_parallel_size: int = 1  # ep and moe_dp divide the ranks of a stage; they never multiply them
+    moe_data_parallel_size: int = 1  # copies of the experts in a stage
+    sequence_parallel: Literal["off", "on"] | int = "off"  # a number: rows of a step from which it is on
+    experts: Literal["gathered", "dispatched"] = "gathered"  # how rows and experts meet
+    devices: list[list[int]] | None = None  # of the ranks of each stage; None: the first ones there are
     layer_cut: list[int] | None = None  # layers of each stage; None: by the cost model
     async_depth: int = 1  # steps in flight beyond pp
     link: Literal["collective", "tensor"] = "collective"  # how rows go from stage to stage
@@ -44,6 +50,22 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, fo
     @property
     def num_stages(self) -> int:
         return self.pipeline_parallel_size
+
+    @property
+    def ranks_per_stage(self) -> int:
+        return self.tensor_parallel_size * self.context_parallel_size
+
+    @property
+    def world(self) -> int:
+        """Ranks of all stages."""
+        return self.num_stages * self.ranks_per_stage
+
+    @property
+    def sp_from(self) -> int | None:
+        """Rows of a step from which sequence parallelism is on; None: never, as where tp is 1 and nothing can be cut."""
+        if self.sequence_parallel == "off" or self.tensor_parallel_size == 1:
+            return None
+        return self.tensor_parallel_size if self.sequence_parallel == "on" else self.sequence_parallel
 
     @property
     def inflight(self) -> int:
@@ -72,6 +94,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     num_stages: int = 1
     inflight: int = 2
     fed_back: bool = True
+    sp_from: int | None = None  # rows of a step from which sp is on
+    cp: int = 1
 
     @classmethod
     def of(cls, settings: Settings, *, max_model_len: int, num_pages: int) -> Limits:
@@ -93,6 +117,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
             num_stages=settings.num_stages,
             inflight=settings.inflight,
             fed_back=settings.fed_back,
+            sp_from=settings.sp_from,
+            cp=settings.context_parallel_size,
         )
 
 
@@ -106,6 +132,9 @@ _AT_LEAST = {
     "num_pages": 1,
     "pipeline_parallel_size": 1,
     "tensor_parallel_size": 1,
+    "context_parallel_size": 1,
+    "expert_parallel_size": 1,
+    "moe_data_parallel_size": 1,
     "async_depth": 0,
     "threads_per_rank": 1,
     "default_max_tokens": 1,
@@ -125,6 +154,7 @@ def make_settings(values: dict[str, Any]) -> Settings:
             why="a misspelt setting must not be ignored",
             fix=f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(Settings.__struct_fields__)}",
         )
+    _check_sequence_parallel(values.get("sequence_parallel", "off"))
     try:
         settings = msgspec.convert(values, Settings)
     except msgspec.ValidationError as error:
@@ -139,13 +169,37 @@ def make_settings(values: dict[str, Any]) -> Settings:
             why="each stage needs its number of layers",
             fix="give one number for each stage, or leave layer_cut out",
         )
-    if settings.tensor_parallel_size > 1:
-        raise Refusal(
-            f"tensor_parallel_size={settings.tensor_parallel_size} is not there yet",
-            why="a stage has one rank in this version",
-            fix="use pipeline_parallel_size",
-        )
+    if settings.devices is not None:
+        _check_devices(settings.devices, settings)
     return settings
+
+
+def _check_sequence_parallel(value: object) -> None:
+    if value not in ("off", "on") and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise Refusal(
+            f"sequence_parallel={value!r} is none of off, on and a number of rows",
+            why="it says from how many rows of a step on the rows between layers are cut over tp",
+            fix='set "off", "on", or a number of at least 1',
+        )
+
+
+def _check_devices(devices: list[list[int]], settings: Settings) -> None:
+    """Refusal unless every rank of every stage has a device of its own."""
+    num_stages, num_ranks = settings.num_stages, settings.ranks_per_stage
+    fix = f"name {num_ranks} for each of {num_stages} stage(s), or leave devices out"
+    if len(devices) != num_stages:
+        why = "each stage needs devices of its own"
+        raise Refusal(f"devices names {len(devices)} stages but pipeline_parallel_size is {num_stages}", why=why, fix=fix)
+    for stage, named in enumerate(devices):
+        if len(named) != num_ranks:
+            why = "a stage has tensor_parallel_size * context_parallel_size ranks, and each needs a device"
+            raise Refusal(f"devices names {len(named)} for the {num_ranks} ranks of stage {stage}", why=why, fix=fix)
+    every = [device for named in devices for device in named]
+    if min(every) < 0:
+        raise Refusal(f"devices names {min(every)}", why="devices are numbered from 0", fix=fix)
+    if len(set(every)) < len(every):
+        twice = next(device for device in every if every.count(device) > 1)
+        raise Refusal(f"devices names device {twice} twice", why="two ranks do not share a device", fix=fix)
 
 
 def read_settings(path: Path) -> Settings:

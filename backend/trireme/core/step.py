@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -28,6 +29,13 @@ def ints(values) -> bytes:
 def array(packed: bytes) -> np.ndarray:
     """The int32 values of a packed field (read-only view)."""
     return np.frombuffer(packed, dtype=np.int32)
+
+
+class Regime(NamedTuple):
+    """How the ranks of a stage share the rows of one step, where that differs from step to step."""
+
+    sp: bool = False  # the residual is cut by rows over tp
+    cp: bool = False  # prompt rows are cut zig-zag over cp; else every cp rank computes all rows
 
 
 class Open(msgspec.Struct, frozen=True, array_like=True):
@@ -54,6 +62,12 @@ class Step(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     page_writes: bytes = b""  # int32 [writes, 3]: slot, index in its page table, page
     bans: list[tuple[int, list[int]]] = []  # (item, token ids) that must not be sampled now; the place for grammars too
     returns: bool = False  # whether the last stage sends sampled tokens back to stage 0 (they will be FED)
+    sp: bool = False
+    cp: bool = False
+
+    @property
+    def regime(self) -> Regime:
+        return Regime(self.sp, self.cp)
 
     @property
     def num_rows(self) -> int:

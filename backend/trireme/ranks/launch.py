@@ -59,7 +59,7 @@ class LocalLauncher:
         python = os.environ.get("TRIREME_PYTHON") or sys.executable
         if not python:
             raise Refusal("no Python to run ranks with", why="this process embeds its interpreter", fix="set TRIREME_PYTHON")
-        threads = str(brief.settings.threads(brief.settings.num_stages * brief.settings.tensor_parallel_size))
+        threads = str(brief.settings.threads(brief.settings.world))
         # OpenMP threads that spin while a server shares their cores stall a step tenfold (measured); asleep, they are steady
         environment = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
         if roots := _import_roots():

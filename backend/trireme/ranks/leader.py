@@ -61,7 +61,7 @@ class Leader:
         self._settings, self._stage, self._run_dir = settings, stage, run_dir
         self._log = logger(f"stage_{stage}")
         launcher = launcher or LocalLauncher()
-        self._ranks = [Rank(settings, stage, rank, run_dir, launcher, self._log) for rank in range(settings.tensor_parallel_size)]
+        self._ranks = [Rank(settings, stage, rank, run_dir, launcher, self._log) for rank in range(settings.ranks_per_stage)]
         self._order: StepOrder[_Call] = StepOrder(stage, settings.inflight)
         self._calls: dict[int, _Call] = {}  # by ticket, with the ranks
         self._tickets = itertools.count(channel.BREAK + 1)

@@ -31,7 +31,7 @@ from trireme_kernels.choose import Choices
 
 def load_runner(settings: Settings, stage: int, progress: Callable[[str], None]) -> Runner:
     """A rank's part of the model, ready to run. `progress` gets clauses for a user. Refusal where it cannot be loaded."""
-    torch.set_num_threads(settings.threads(settings.num_stages * settings.tensor_parallel_size))
+    torch.set_num_threads(settings.threads(settings.world))
     model_dir = Path(settings.model)
     spec = read_spec(model_dir)
     plan = Plan.of(settings, spec)
