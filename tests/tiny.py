@@ -14,11 +14,20 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
-_CONFIGS: dict[str, type[PreTrainedConfig]] = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
-FAMILIES = tuple(_CONFIGS)
+_CONFIGS: dict[str, type[PreTrainedConfig]] = {
+    "llama": LlamaConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "qwen2_moe": Qwen2MoeConfig,
+    "qwen3_moe": Qwen3MoeConfig,
+}
+FAMILIES = ("llama", "qwen2", "qwen3")
+MOE_FAMILIES = ("qwen2_moe", "qwen3_moe")
 
 # Odd on purpose: groups of two heads, sizes that no block of 16 divides.
 _SIZES = {
@@ -33,13 +42,20 @@ _SIZES = {
     "eos_token_id": 2,
     "pad_token_id": None,
 }
+# Eight experts of a width that no block divides; both ways in which a layer among them is dense.
+_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
+_MORE: dict[str, dict[str, Any]] = {
+    "qwen3": {"head_dim": 10},
+    "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 36, "decoder_sparse_step": 2},
+    "qwen3_moe": {**_EXPERTS, "head_dim": 10, "norm_topk_prob": True, "mlp_only_layers": [1]},
+}
 
 
 def tiny_checkpoint(directory: Path | str, family: str, *, seed: int = 0, max_shard_size: str = "5GB", **overrides: Any) -> Path:
     """A float32 checkpoint of random weights in `directory`: config.json, safetensors, generation_config.json. Overrides are
-    the config's own keys, such as tie_word_embeddings. Biases and norms are random too, so that a test sees each."""
-    sizes = {**_SIZES, **({"head_dim": 10} if family == "qwen3" else {}), **overrides}
-    config = _CONFIGS[family](**sizes)
+    the config's own keys, such as tie_word_embeddings, or num_attention_heads=12 and num_key_value_heads=2 to cut by four.
+    Biases and norms are random too, so that a test sees each."""
+    config = _CONFIGS[family](**{**_SIZES, **_MORE.get(family, {}), **overrides})
     noise = torch.Generator().manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():

@@ -30,6 +30,7 @@ SPEC = Spec(
     tie_word_embeddings=True,
     max_position_embeddings=8192,
     dtype="bfloat16",
+    sparse=(False,) * 30,
 )
 
 

@@ -11,13 +11,35 @@ from typing import Any, Literal
 
 from trireme.core.refusal import Refusal
 
-Family = Literal["llama", "qwen2", "qwen3"]
+Family = Literal["llama", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe"]
 
 # What transformers assumes where a config is silent, and what a family fixes in code.
 _FAMILIES: Mapping[str, tuple[Family, Mapping[str, Any]]] = {
     "LlamaForCausalLM": ("llama", {"max_position_embeddings": 2048}),
-    "Qwen2ForCausalLM": ("qwen2", {"max_position_embeddings": 32768, "attention_bias": True}),
-    "Qwen3ForCausalLM": ("qwen3", {"max_position_embeddings": 32768, "head_dim": 128}),
+    "Qwen2ForCausalLM": ("qwen2", {"max_position_embeddings": 32768, "attention_bias": True, "num_key_value_heads": 32}),
+    "Qwen3ForCausalLM": ("qwen3", {"max_position_embeddings": 32768, "head_dim": 128, "num_key_value_heads": 32}),
+    "Qwen2MoeForCausalLM": (
+        "qwen2_moe",
+        {
+            "max_position_embeddings": 32768,
+            "qkv_bias": True,
+            "num_key_value_heads": 16,
+            "num_experts": 60,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 1408,
+            "shared_expert_intermediate_size": 5632,
+        },
+    ),
+    "Qwen3MoeForCausalLM": (
+        "qwen3_moe",
+        {
+            "max_position_embeddings": 32768,
+            "num_key_value_heads": 4,
+            "num_local_experts": 128,  # transformers 5's spelling; num_experts where a config has that
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+        },
+    ),
 }
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -49,7 +71,7 @@ class Spec:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    intermediate: int
+    intermediate: int  # of dense MLPs
     vocab_size: int
     eps: float
     rope: Rope
@@ -61,6 +83,12 @@ class Spec:
     tie_word_embeddings: bool
     max_position_embeddings: int
     dtype: Literal["float32", "bfloat16", "float16"]  # of the checkpoint
+    sparse: tuple[bool, ...]  # [num_layers]: whether a layer's MLP is a mixture of experts
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate: int = 0  # of one expert
+    shared_intermediate: int = 0  # of the expert that every token passes; 0: there is none
+    norm_topk_prob: bool = False  # whether the weights of a token's experts are made to sum to one
     eos_token_ids: tuple[int, ...] = ()
 
     @property
@@ -101,14 +129,14 @@ def make_spec(values: Mapping[str, Any], *, source: str = "config.json") -> Spec
         raise config.refusal(f"dtype {dtype!r} is not known", f"it is one of {', '.join(_ITEM_BYTES)}")
 
     hidden, num_layers, num_heads = config.size("hidden_size"), config.size("num_hidden_layers"), config.size("num_attention_heads")
-    num_kv_heads = config.size("num_key_value_heads", 32 if family != "llama" else num_heads)
+    num_kv_heads = config.size("num_key_value_heads", num_heads)
     if num_heads % num_kv_heads:
         raise config.refusal(f"{num_kv_heads} key/value heads do not divide {num_heads} heads", "each serves equally many query heads")
     head_dim = config.size("head_dim", hidden // num_heads)
     if head_dim % 2:
         raise config.refusal(f"head_dim {head_dim} is odd", "rotary positions turn pairs")
 
-    biased = bool(config.get("attention_bias", False))
+    biased = bool(config.get("qkv_bias" if family == "qwen2_moe" else "attention_bias", False))
     max_position = config.size("max_position_embeddings")
     eos = config.get("eos_token_id", [])
     return Spec(
@@ -122,14 +150,15 @@ def make_spec(values: Mapping[str, Any], *, source: str = "config.json") -> Spec
         vocab_size=config.size("vocab_size"),
         eps=float(config.get("rms_norm_eps", 1e-6)),
         rope=_read_rope(config, max_position),
-        windows=_read_windows(config, num_layers) if family != "llama" else (0,) * num_layers,
+        windows=_read_windows(config, family, num_layers),
         qkv_bias=biased,
-        o_bias=biased and family != "qwen2",
+        o_bias=biased and family not in ("qwen2", "qwen2_moe"),
         mlp_bias=family == "llama" and bool(config.get("mlp_bias", False)),
-        qk_norm=family == "qwen3",
+        qk_norm=family in ("qwen3", "qwen3_moe"),
         tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
         max_position_embeddings=max_position,
         dtype=dtype,
+        **_read_experts(config, family, num_layers),
         eos_token_ids=tuple(eos) if isinstance(eos, list) else (eos,),
     )
 
@@ -158,15 +187,42 @@ class _Config:
         return Refusal(f"{self._source}: {what}", why=why, fix="serve another checkpoint, or correct the file")
 
 
-def _read_windows(config: _Config, num_layers: int) -> tuple[int, ...]:
+def _read_windows(config: _Config, family: Family, num_layers: int) -> tuple[int, ...]:
+    """Where no layer_types says it, each family has its own rule of which layers slide."""
     window = config.get("sliding_window", 4096) if config.get("use_sliding_window", False) else 0
+    first = config.get("max_window_layers", 28)
+    if family == "llama":
+        return (0,) * num_layers
+    if family == "qwen3_moe":
+        return (window,) * num_layers
     kinds = config.get("layer_types", None)
     if kinds is None:
-        first = config.get("max_window_layers", 28)
-        kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(num_layers)]
+        slides = [i % 2 == 0 and i < first if family == "qwen2_moe" else i >= first for i in range(num_layers)]
+        kinds = ["sliding_attention" if each else "full_attention" for each in slides]
     if len(kinds) != num_layers or not set(kinds) <= {"sliding_attention", "full_attention"}:
         raise config.refusal(f"layer_types {kinds!r}", f"it names full_attention or sliding_attention for each of {num_layers} layers")
     return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
+
+
+def _read_experts(config: _Config, family: Family, num_layers: int) -> dict[str, Any]:
+    """The Spec's fields of a mixture of experts."""
+    if family not in ("qwen2_moe", "qwen3_moe"):
+        return {"sparse": (False,) * num_layers}
+    num_experts = config.size("num_experts" if config.get("num_experts", None) is not None else "num_local_experts")
+    num_experts_per_tok = config.size("num_experts_per_tok")
+    if num_experts_per_tok > num_experts:
+        raise config.refusal(
+            f"num_experts_per_tok is {num_experts_per_tok} of {num_experts} experts", "a token's experts are different ones"
+        )
+    step, dense = config.size("decoder_sparse_step", 1), config.get("mlp_only_layers", [])
+    return {
+        "sparse": tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(num_layers)),
+        "num_experts": num_experts,
+        "num_experts_per_tok": num_experts_per_tok,
+        "moe_intermediate": config.size("moe_intermediate_size"),
+        "shared_intermediate": config.get("shared_expert_intermediate_size", 0),
+        "norm_topk_prob": bool(config.get("norm_topk_prob", False)),
+    }
 
 
 def _read_rope(config: _Config, max_position: int) -> Rope:
