@@ -1,0 +1,1 @@
+"""grouped_linear: each row times the weight of its slot."""

@@ -1,0 +1,1 @@
+"""route: the experts of each token, and their weights."""
