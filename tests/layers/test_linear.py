@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from layers.test_param import build
 from trireme.layers.linear import Linear
+from trireme.layers.param import by_rows
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -24,6 +25,21 @@ def test_packing_changes_nothing(num_rows: int, bias: bool):
     assert not hasattr(linear, "weight")
     torch.testing.assert_close(linear(x), wanted, atol=1e-5, rtol=1e-5)
     assert linear(x).is_contiguous()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_one_of_the_ranks_that_owe_a_sum_adds_the_bias(packed: bool):
+    weight, bias, x = torch.randn(6, 8), torch.randn(6), torch.randn(5, 8)
+    owed = torch.zeros(5, 6)
+    for rank in range(2):
+        linear = Linear(build(tp=2, rank=rank), 6, 8, by_rows("tp", 4, 2), bias=True)
+        [piece] = linear.weight.pieces((0,))
+        linear.weight.data.copy_(weight[piece.source])
+        linear.bias.data.copy_(bias)
+        if packed:
+            linear.prepare()
+        owed += linear(x[:, piece.source[1]])
+    torch.testing.assert_close(owed, F.linear(x, weight, bias))
 
 
 def test_a_tied_weight_stays_with_its_owner():

@@ -12,19 +12,27 @@ NAMES = table("""
   model.embed_tokens                      -> embed
   layers.{i}.{q,k,v}_proj                 -> layers.{i}.attn.qkv   join q k v
   layers.{i}.norm.weight                  -> layers.{i}.attn.norm
+  layers.{i}.experts.{e}.{gate,up}.weight -> layers.{i}.mlp.gate_up  join gate up  stack e
+  layers.{i}.experts.gate_up              -> layers.{i}.mlp.gate_up  holds gate up
   lm_head                                 -> head.proj             tie model.embed_tokens
   *.inv_freq                              -> nothing
 """)
 
 
 def test_a_module_carries_its_weight_and_bias():
-    assert NAMES.find("layers.12.k_proj.bias") == [Match("layers.12.attn.qkv.bias", 1, 12)]
-    assert NAMES.find("layers.3.q_proj.weight") == [Match("layers.3.attn.qkv.weight", 0, 3)]
+    assert NAMES.find("layers.12.k_proj.bias") == [Match("layers.12.attn.qkv.bias", (1,), layer=12)]
+    assert NAMES.find("layers.3.q_proj.weight") == [Match("layers.3.attn.qkv.weight", (0,), layer=3)]
 
 
 def test_a_tensor_may_be_named_itself():
-    assert NAMES.find("layers.0.norm.weight") == [Match("layers.0.attn.norm", 0, 0)]
+    assert NAMES.find("layers.0.norm.weight") == [Match("layers.0.attn.norm", layer=0)]
     assert NAMES.find("layers.0.norm.bias") == []
+
+
+def test_experts_are_stacked_or_whole():
+    assert NAMES.find("layers.2.experts.17.up.weight") == [Match("layers.2.mlp.gate_up", (1,), expert=17, layer=2)]
+    assert NAMES.find("layers.2.experts.gate_up") == [Match("layers.2.mlp.gate_up", (0, 1), layer=2)]
+    assert NAMES.find("layers.2.experts.x.up.weight") == []
 
 
 @pytest.mark.parametrize("name", ["layers.x.q_proj.weight", "layers.0.o_proj.weight", "xlm_head.weight", "lm_head.weight.scale"])
@@ -46,10 +54,10 @@ def test_a_tied_checkpoint_feeds_both_ends():
 
 def test_a_table_is_a_sum_of_lines():
     assert qwen3.NAMES.rules[: len(DENSE_NAMES.rules)] == DENSE_NAMES.rules
-    assert qwen3.NAMES.find("model.layers.1.self_attn.q_norm.weight") == [Match("layers.1.attn.q_norm", 0, 1)]
+    assert qwen3.NAMES.find("model.layers.1.self_attn.q_norm.weight") == [Match("layers.1.attn.q_norm", layer=1)]
 
 
-@pytest.mark.parametrize("line", ["a = b", "a -> b glue c"])
+@pytest.mark.parametrize("line", ["a = b", "a -> b glue c", "a.{e} -> b", "a -> b stack e"])
 def test_a_line_that_is_none_is_our_fault(line: str):
     with pytest.raises(AssertionError):
         table(line)

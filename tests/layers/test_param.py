@@ -9,15 +9,19 @@ from hypothesis import strategies as st
 
 from trireme.core.refusal import Refusal
 from trireme.layers.block import Build
-from trireme.layers.param import Cut, Param, Part, by_columns, by_heads, by_rows, vocabulary
+from trireme.layers.param import Param, Part, by_columns, by_heads, by_rows, by_slots, vocabulary
 from trireme.models.spec import Spec
 from trireme.parallel.plan import Plan
 from trireme_kernels.choose import Choices
 
 
-def build(spec: Spec | None = None, tp: int = 1, rank: int = 0) -> Build:
+def build(spec: Spec | None = None, rank: int = 0, **sizes: int) -> Build:
     device, dtype = torch.device("cpu"), torch.float32
-    return Build(spec, Plan(layer_cut=(1,), tp=tp), 0, device, dtype, Choices(device, dtype), rank=rank)
+    return Build(spec, Plan(layer_cut=(1,), **sizes), 0, device, dtype, Choices(device, dtype), rank=rank)
+
+
+def run(*bounds: int) -> tuple[slice, ...]:
+    return tuple(slice(start, stop) for start, stop in zip(bounds[::2], bounds[1::2], strict=True))
 
 
 @given(st.integers(1, 6), st.integers(1, 5), st.integers(1, 6))
@@ -48,11 +52,23 @@ def test_the_pieces_of_a_joined_param():
     """Rank 1 of 2 of six query heads and two key/value heads of two rows each."""
     param = Param(build(tp=2, rank=1), (20, 5), by_heads("tp", 6, 2, 2))
     assert param.shape == (10, 5) and param.whole == (20, 5)
-    assert [param.part_shape(part) for part in range(3)] == [(12, 5), (4, 5), (4, 5)]
-    q, k, v = (param.piece(part) for part in range(3))
-    assert (q.source, q.target) == (range(6, 12), range(6))
-    assert (k.source, k.target) == (range(2, 4), range(6, 8))
-    assert (v.source, v.target) == (range(2, 4), range(8, 10))
+    assert [param.tensor_shape((part,)) for part in range(3)] == [(12, 5), (4, 5), (4, 5)]
+    [q], [k], [v] = (param.pieces((part,)) for part in range(3))
+    assert q == (run(6, 12, 0, 5), run(0, 6, 0, 5))
+    assert k == (run(2, 4, 0, 5), run(6, 8, 0, 5))
+    assert v == (run(2, 4, 0, 5), run(8, 10, 0, 5))
+
+
+def test_the_pieces_of_stacked_experts():
+    """The last of four ranks, two along ep and two along moe_tp, of six experts of four gates and four ups."""
+    param = Param(build(tp=4, ep=2, rank=3), (6, 8, 5), by_slots("ep", 6), by_columns("moe_tp", 4, 4, dim=1))
+    assert param.shape == (3, 4, 5) and param.experts == range(3, 6)
+    assert param.cells() == [(part, expert) for expert in (3, 4, 5) for part in (0, 1)]
+    assert param.tensor_shape((1,), 4) == (4, 5) and param.tensor_shape((0, 1)) == (6, 8, 5)
+    assert param.pieces((1,), 4) == [(run(2, 4, 0, 5), run(1, 2, 2, 4, 0, 5))]
+    gate, up = param.pieces((0, 1))  # of one tensor that holds both
+    assert gate == (run(3, 6, 2, 4, 0, 5), run(0, 3, 0, 2, 0, 5))
+    assert up == (run(3, 6, 6, 8, 0, 5), run(0, 3, 2, 4, 0, 5))
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
@@ -61,11 +77,31 @@ def test_ranks_together_hold_the_whole_weight(tp: int):
     for cut in (by_columns("tp", 8), by_rows("tp", 4, 3)):
         shares = []
         for rank in range(tp):
-            piece = Param(build(tp=tp, rank=rank), (8, 12), cut).piece(0)
-            shares.append(whole.narrow(piece.dim, piece.source.start, len(piece.source)))
+            [piece] = Param(build(tp=tp, rank=rank), (8, 12), cut).pieces((0,))
+            shares.append(whole[piece.source])
         assert torch.equal(torch.cat(shares, dim=cut.dim), whole)
+
+
+@pytest.mark.parametrize("sizes", [{"tp": 4}, {"tp": 2, "ep": 2}, {"tp": 4, "ep": 2}, {"tp": 2, "cp": 2, "ep": 2, "moe_dp": 2}], ids=str)
+@pytest.mark.parametrize("fused", [False, True])
+def test_ranks_together_hold_every_expert(sizes: dict, fused: bool):
+    """As often as there are copies of the experts, from either form of checkpoint."""
+    whole = torch.arange(4.0 * 16 * 3).view(4, 16, 3)
+    times = torch.zeros_like(whole)
+    for rank in range(sizes["tp"] * sizes.get("cp", 1)):
+        param = Param(build(rank=rank, **sizes), (4, 16, 3), by_slots("ep", 4), by_columns("moe_tp", 8, 8, dim=1))
+        tensors = [((0, 1), None, whole, times)] if fused else []
+        for expert in () if fused else param.experts or ():
+            tensors += [((part,), expert, *(of[expert].split(8)[part] for of in (whole, times))) for part in (0, 1)]
+        for parts, expert, tensor, counted in tensors:
+            for piece in param.pieces(parts, expert):
+                param.data[piece.target].copy_(tensor[piece.source])
+                counted[piece.source] += 1
+        held = torch.isin(param.data, whole[param.experts.start : param.experts.stop])
+        assert held.all() and param.data.unique().numel() == param.numel()
+    assert bool((times == sizes.get("moe_dp", 1)).all())
 
 
 def test_an_uncut_param_is_one_part():
     param = Param(build(), (7,))
-    assert param.cut == Cut((Part(7),)) and param.part_shape(0) == (7,) and not param.requires_grad
+    assert param.cells() == [(0, None)] and param.tensor_shape((0,)) == (7,) and not param.requires_grad

@@ -22,8 +22,11 @@ class Linear(nn.Module):
 
     def __init__(self, build: Build, num_out: int, num_in: int, cut: Cut | None = None, *, bias: bool = False, tied: Param | None = None):
         super().__init__()
-        self.weight = Param(build, (num_out, num_in), cut) if tied is None else tied
-        self.bias = Param(build, (num_out,), cut if cut is not None and cut.dim == 0 else None) if bias else None
+        cuts = () if cut is None else (cut,)
+        self.weight = Param(build, (num_out, num_in), *cuts) if tied is None else tied
+        self.bias = Param(build, (num_out,), *(each for each in cuts if each.dim == 0)) if bias else None
+        # where ranks give shares of a sum, one of them adds the bias
+        self._adds_bias = cut is None or cut.dim == 0 or cut.axis is None or build.place(cut.axis)[0] == 0
         self._packed: torch.Tensor | None = None
 
     def prepare(self) -> None:
@@ -33,10 +36,11 @@ class Linear(nn.Module):
             del self.weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bias = self.bias if self._adds_bias else None
         if self._packed is None:
-            return F.linear(x, self.weight, self.bias)
+            return F.linear(x, self.weight, bias)
         num_rows = x.shape[0]
         if num_rows >= _MIN_PACKED_ROWS:
-            return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+            return torch.ops.mkldnn._linear_pointwise(x, self._packed, bias, "none", [], "")
         padded = F.pad(x, (0, 0, 0, _MIN_PACKED_ROWS - num_rows))
-        return torch.ops.mkldnn._linear_pointwise(padded, self._packed, self.bias, "none", [], "")[:num_rows]
+        return torch.ops.mkldnn._linear_pointwise(padded, self._packed, bias, "none", [], "")[:num_rows]

@@ -1,56 +1,89 @@
 """The name-table language: which checkpoint tensor becomes which parameter. Reading and cutting are weights' work.
 
-    model.layers.{i}.self_attn.{q,k,v}_proj -> layers.{i}.attn.qkv    join q k v
-    lm_head                                 -> head.proj              tie model.embed_tokens
-    *.rotary_emb.inv_freq                   -> nothing
+    model.layers.{i}.self_attn.{q,k,v}_proj                   -> layers.{i}.attn.qkv      join q k v
+    model.layers.{i}.mlp.experts.{e}.{gate,up}_proj.weight    -> layers.{i}.mlp.gate_up   join gate up   stack e
+    model.layers.{i}.mlp.experts.gate_up_proj                 -> layers.{i}.mlp.gate_up   holds gate up
+    lm_head                                                   -> head.proj                tie model.embed_tokens
+    *.rotary_emb.inv_freq                                     -> nothing
 
 A line is `pattern -> target`, and a pattern names a tensor, or a module whose `.weight` and `.bias` follow it to the target.
-`{i}` is a layer's number, `{a,b}` one of several words, `*` anything. `join` lists the words in the order in which their
-rows stand in the parameter. `tie` names the module whose tensors are read in its place from checkpoints with tied
-embeddings; should such a checkpoint have its own all the same, they must be equal. `nothing` passes a tensor over: it is
-computed here, or not needed.
+`{i}` is a layer's number, `{e}` an expert's, `{a,b}` one of several words, `*` anything. What may follow the target:
+
+join a b    the pattern's words in the order in which their rows stand in the parameter; each tensor is one of them
+holds a b   the tensor has all of these already, in that order
+stack e     each expert has a tensor, which fills its place along the parameter's first dim
+tie m       the module whose tensors are read instead from checkpoints with tied embeddings; should such a checkpoint have
+            this one all the same, they must be equal
+
+`nothing` passes a tensor over: it is computed here, or not needed.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 NOTHING = "nothing"
+_CLAUSES = ("join", "holds", "stack", "tie")
 
 
 class Match(NamedTuple):
     """Where a checkpoint tensor goes: `target` is a parameter's name, or NOTHING; `layer` is None outside of layers."""
 
     target: str
-    part: int = 0
+    parts: tuple[int, ...] = (0,)  # of the parameter, that the tensor has
+    expert: int | None = None  # whose tensor it is; None: of all, or of none
     layer: int | None = None
     twin: str | None = None  # with NOTHING: the tensor that it must equal
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One line of a table."""
+    """One line of a table: `clauses` are what follows its target, each with its words."""
 
     pattern: str
     target: str
-    parts: tuple[str, ...] = ()
-    tie: str | None = None
+    clauses: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def tie(self) -> str | None:
+        return self.clauses["tie"][0] if "tie" in self.clauses else None
 
     def match(self, name: str) -> Match | None:
-        found = re.fullmatch(_regex(self.pattern), name)
+        found = self._regex.fullmatch(name)
         if found is None:
             return None
         groups = found.groupdict()
         if self.target == NOTHING:
             return Match(NOTHING, twin=self.tie and self.tie + (groups["leaf"] or ""))
-        layer = groups.get("i")
+        layer, expert = groups.get("i"), groups.get("e")
         return Match(
             target=self.target.replace("{i}", layer or "") + (groups["leaf"] or ""),
-            part=self.parts.index(groups["word"]) if self.parts else 0,
+            parts=self._parts(groups.get("word")),
+            expert=int(expert) if expert is not None else None,
             layer=int(layer) if layer is not None else None,
         )
+
+    def _parts(self, word: str | None) -> tuple[int, ...]:
+        if "join" in self.clauses and word is not None:
+            return (self.clauses["join"].index(word),)
+        return tuple(range(len(self.clauses["holds"]))) if "holds" in self.clauses else (0,)
+
+    @cached_property
+    def _regex(self) -> re.Pattern[str]:
+        pieces = []
+        for piece in re.split(r"(\{[^}]*\}|\*)", self.pattern):
+            if piece == "*":
+                pieces.append(".*")
+            elif piece in ("{i}", "{e}"):
+                pieces.append(rf"(?P<{piece[1]}>\d+)")
+            elif piece.startswith("{"):
+                pieces.append(f"(?P<word>{'|'.join(map(re.escape, piece[1:-1].split(',')))})")
+            else:
+                pieces.append(re.escape(piece))
+        return re.compile("".join(pieces) + r"(?P<leaf>\.weight|\.bias)?")
 
 
 @dataclass(frozen=True)
@@ -66,7 +99,7 @@ class Names:
         """The table of a checkpoint whose embeddings are tied: what `tie` names feeds both targets."""
         rules = []
         for rule in self.rules:
-            rules.append(rule if rule.tie is None else Rule(rule.pattern, NOTHING, tie=rule.tie))
+            rules.append(rule if rule.tie is None else Rule(rule.pattern, NOTHING, rule.clauses))
             if rule.tie is not None:
                 rules.append(Rule(rule.tie, rule.target))
         return Names(tuple(rules))
@@ -83,24 +116,12 @@ def table(text: str) -> Names:
 
 def _parse(line: str) -> Rule:
     pattern, arrow, target, *rest = line.split()
-    assert arrow == "->" and rest[:1] in ([], ["join"], ["tie"]), f"not a line of a name table: {line!r}"
-    return Rule(
-        pattern,
-        target,
-        parts=tuple(rest[1:]) if rest[:1] == ["join"] else (),
-        tie=rest[1] if rest[:1] == ["tie"] else None,
-    )
-
-
-def _regex(pattern: str) -> str:
-    pieces = []
-    for piece in re.split(r"(\{[^}]*\}|\*)", pattern):
-        if piece == "*":
-            pieces.append(".*")
-        elif piece == "{i}":
-            pieces.append(r"(?P<i>\d+)")
-        elif piece.startswith("{"):
-            pieces.append(f"(?P<word>{'|'.join(map(re.escape, piece[1:-1].split(',')))})")
+    assert arrow == "->" and (not rest or rest[0] in _CLAUSES), f"not a line of a name table: {line!r}"
+    clauses: dict[str, tuple[str, ...]] = {}
+    for word in rest:
+        if word in _CLAUSES:
+            clauses[word] = ()
         else:
-            pieces.append(re.escape(piece))
-    return "".join(pieces) + r"(?P<leaf>\.weight|\.bias)?"
+            clauses[list(clauses)[-1]] += (word,)
+    assert ("stack" in clauses) == ("{e}" in pattern), f"{{e}} and `stack e` go together: {line!r}"
+    return Rule(pattern, target, clauses)

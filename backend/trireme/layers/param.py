@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Part:
-    """One tensor of the checkpoint among those joined along a Param's cut dim: `num_units` units (heads, columns) of `unit`
-    rows that stay together."""
+    """One of the matrices joined along a Param's dim: `num_units` units (heads, columns, experts) of `unit` rows that stay
+    together."""
 
     num_units: int
     unit: int = 1
@@ -29,15 +29,15 @@ class Part:
     def whole(self) -> int:
         return self.num_units * self.unit
 
-    def share(self, rank: int, size: int) -> range:
+    def share(self, rank: int, size: int, axis: str = "tp") -> range:
         """The rows of the whole part that rank `rank` of `size` has. Refusal where units cannot be dealt out."""
         if self.copied and size > self.num_units and size % self.num_units == 0:
             start, count = rank // (size // self.num_units), 1
         elif self.num_units % size and not self.ragged:
             raise Refusal(
-                f"tp={size} does not divide {self.num_units} units of a weight",
-                why="each rank needs whole heads, or a whole copy of one",
-                fix=f"use a tp that divides {self.num_units}",
+                f"{axis}={size} does not divide {self.num_units} units of a weight",
+                why="each rank needs whole heads, columns or experts, or a whole copy of a key/value head",
+                fix=f"use a {axis} that divides {self.num_units}",
             )
         else:
             count = ceil(self.num_units / size)
@@ -53,6 +53,7 @@ class Cut:
     parts: tuple[Part, ...]
     axis: str | None = None
     dim: int = 0
+    stacked: bool = False  # rows along the dim are experts, and a checkpoint may have a tensor for each
 
 
 def by_heads(axis: str, num_heads: int, num_kv_heads: int, head_dim: int) -> Cut:
@@ -61,56 +62,114 @@ def by_heads(axis: str, num_heads: int, num_kv_heads: int, head_dim: int) -> Cut
     return Cut((Part(num_heads, head_dim), kv, kv), axis)
 
 
-def by_columns(axis: str, *sizes: int) -> Cut:
+def by_columns(axis: str, *sizes: int, dim: int = 0) -> Cut:
     """Output features, of several matrices joined."""
-    return Cut(tuple(Part(size) for size in sizes), axis)
+    return Cut(tuple(Part(size) for size in sizes), axis, dim)
 
 
-def by_rows(axis: str, num_units: int, unit: int = 1) -> Cut:
+def by_rows(axis: str, num_units: int, unit: int = 1, *, dim: int = 1) -> Cut:
     """Input features: each rank gives its share of a sum."""
-    return Cut((Part(num_units, unit),), axis, dim=1)
+    return Cut((Part(num_units, unit),), axis, dim)
+
+
+def by_slots(axis: str, num_experts: int) -> Cut:
+    """Experts, each in a slot of one rank."""
+    return Cut((Part(num_experts),), axis, stacked=True)
 
 
 def vocabulary(axis: str, vocab_size: int) -> Cut:
     return Cut((Part(vocab_size, ragged=True),), axis)
 
 
-class Piece(NamedTuple):
-    """A rank's run of one checkpoint tensor along `dim`, and where in its Param it goes."""
+class Cell(NamedTuple):
+    """What is filled at once: one part of a Param, of one expert where experts are stacked."""
 
-    dim: int
-    source: range
-    target: range
+    part: int
+    expert: int | None = None
+
+
+class Piece(NamedTuple):
+    """A run of a checkpoint tensor, and where in a rank's Param it goes. The tensor of one expert has a dim less than the Param."""
+
+    source: tuple[slice, ...]
+    target: tuple[slice, ...]
 
 
 class Param(nn.Parameter):
-    """A rank's share of a weight, empty until loaded. `whole` is the shape that all ranks' shares make up."""
+    """A rank's share of a weight, empty until loaded. `whole` is the shape that all ranks' shares make up.
 
-    def __new__(cls, build: Build, shape: tuple[int, ...], cut: Cut | None = None):
-        cut = cut or Cut((Part(shape[0]),))
-        local = list(shape)
-        local[cut.dim] = sum(len(share) for share in _shares(build, cut))
+    Each cut is of another dim, and at most one of them joins several parts. Experts' gates and ups, two ranks along ep and two
+    along moe_tp, as the last of both has them:
+
+        Param(build, (E, 2 * I, H), by_slots("ep", E), by_columns("moe_tp", I, I, dim=1))
+
+              0  gate  I   up   2I
+            0 ┌────────┬────────┐
+              │        │        │       local shape [E/2, I, H]: experts from E/2 on,
+          E/2 ├────┬───┼────┬───┤       and of each the second half of its gate
+              │    │███│    │███│       and the second half of its up
+            E └────┴───┴────┴───┘
+
+    Scales of block-quantised weights will be a Param beside their weight, with the same cuts in units of blocks.
+    """
+
+    def __new__(cls, build: Build, shape: tuple[int, ...], *cuts: Cut):
+        local = [sum(map(len, _shares(build, cut))) for cut in _every(shape, cuts)]
         return super().__new__(cls, torch.empty(local, dtype=build.dtype, device=build.device), requires_grad=False)
 
-    def __init__(self, build: Build, shape: tuple[int, ...], cut: Cut | None = None):
+    def __init__(self, build: Build, shape: tuple[int, ...], *cuts: Cut):
         self.whole = shape
-        self.cut = cut or Cut((Part(shape[0]),))
-        self._shares = _shares(build, self.cut)
+        self.cuts = _every(shape, cuts)
+        self._shares = [_shares(build, cut) for cut in self.cuts]
+        self._joined = next((cut.dim for cut in self.cuts if len(cut.parts) > 1), len(shape) - 1)
 
     @property
     def num_parts(self) -> int:
-        return len(self.cut.parts)
+        return len(self.cuts[self._joined].parts)
 
-    def part_shape(self, part: int) -> tuple[int, ...]:
-        """Shape of the checkpoint tensor that this part comes from."""
-        dim = self.cut.dim
-        return (*self.whole[:dim], self.cut.parts[part].whole, *self.whole[dim + 1 :])
+    @property
+    def experts(self) -> range | None:
+        """Numbers of the experts that this rank has; None where the Param is not of experts."""
+        return self._shares[0][0] if self.cuts[0].stacked else None
 
-    def piece(self, part: int) -> Piece:
-        start = sum(len(share) for share in self._shares[:part])
-        return Piece(self.cut.dim, self._shares[part], range(start, start + len(self._shares[part])))
+    def cells(self, parts: tuple[int, ...] | None = None, expert: int | None = None) -> list[Cell]:
+        """What a tensor of these parts fills here, of one expert or of all; without arguments all that there is to fill."""
+        experts = [expert] if expert is not None or self.experts is None else self.experts
+        return [Cell(part, each) for each in experts for part in (range(self.num_parts) if parts is None else parts)]
+
+    def tensor_shape(self, parts: tuple[int, ...], expert: int | None = None) -> tuple[int, ...]:
+        """Shape of the checkpoint tensor that has these parts, of one expert or of all."""
+        shape = list(self.whole)
+        shape[self._joined] = sum(self.cuts[self._joined].parts[part].whole for part in parts)
+        return tuple(shape if expert is None else shape[1:])
+
+    def pieces(self, parts: tuple[int, ...], expert: int | None = None) -> list[Piece]:
+        """What this rank takes of such a tensor, part by part."""
+        found, before = [], 0  # rows of the tensor that earlier parts have
+        for part in parts:
+            source, target = [], []
+            for dim, shares in enumerate(self._shares):
+                share, skip, start = shares[0], 0, 0
+                if dim == self._joined:
+                    share, skip, start = shares[part], before, sum(map(len, shares[:part]))
+                source.append(slice(skip + share.start, skip + share.stop))
+                target.append(slice(start, start + len(share)))
+            if expert is not None:
+                place = self._shares[0][0].index(expert)
+                source, target = source[1:], [slice(place, place + 1), *target[1:]]
+            found.append(Piece(tuple(source), tuple(target)))
+            before += self.cuts[self._joined].parts[part].whole
+        return found
+
+
+def _every(shape: tuple[int, ...], cuts: tuple[Cut, ...]) -> tuple[Cut, ...]:
+    """A cut for every dim; uncut ones are one part that all ranks have."""
+    given = {cut.dim: cut for cut in cuts}
+    every = tuple(given.get(dim, Cut((Part(size),), dim=dim)) for dim, size in enumerate(shape))
+    assert len(given) == len(cuts) and sum(len(cut.parts) > 1 for cut in every) <= 1, f"cuts of {shape}: {cuts}"
+    return every
 
 
 def _shares(build: Build, cut: Cut) -> list[range]:
     rank, size = build.place(cut.axis) if cut.axis else (0, 1)
-    return [part.share(rank, size) for part in cut.parts]
+    return [part.share(rank, size, cut.axis or "") for part in cut.parts]

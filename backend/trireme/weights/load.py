@@ -20,14 +20,15 @@ Progress = Callable[[int, int], None]  # bytes read, bytes to read
 
 @dataclass(frozen=True)
 class Manifest:
-    """What became of a checkpoint's bytes: file = used + elsewhere + dropped. A tied embedding is used on both ends."""
+    """What became of a checkpoint's bytes on one rank: file = used + elsewhere + dropped. A tied embedding is used on both
+    ends."""
 
     file_bytes: int  # of all tensors in the checkpoint
-    used_bytes: int  # of tensors that this stage reads from, each counted once
+    used_bytes: int  # of tensors that this rank reads from, each counted whole and once
     read_bytes: int  # slices read from those
-    elsewhere_bytes: int  # of tensors that only other stages use
+    elsewhere_bytes: int  # of tensors that only other stages use, or only other ranks' experts
     dropped_bytes: int  # of tensors that the family's table passes over
-    param_bytes: int  # of this stage's parameters, all filled
+    param_bytes: int  # of this rank's parameters, all filled
 
     def __str__(self) -> str:
         return f"{self.param_bytes / 1e6:.1f} MB of parameters from {self.read_bytes / 1e6:.1f} of {self.file_bytes / 1e6:.1f} MB"
@@ -39,15 +40,15 @@ def load(decoder: Decoder, model_dir: str | Path, progress: Progress | None = No
     with Checkpoint(model_dir) as checkpoint:
         sorting = sort(checkpoint.tensors, decoder, decoder.build.spec.num_layers)
         _refuse_other_twins(checkpoint, sorting)
-        pieces = [(use, params[use.target].piece(use.part)) for use in sorting.uses]
-        to_read = sum(checkpoint.tensors[use.tensor].rows_bytes(piece.dim, piece.source) for use, piece in pieces)
+        pieces = [(use, piece) for use in sorting.uses for piece in params[use.target].pieces(use.parts, use.expert)]
+        to_read = sum(checkpoint.tensors[use.tensor].bytes_of(piece.source) for use, piece in pieces)
         filled, read_bytes = Counter(), 0
         for use, piece in pieces:
-            rows = checkpoint.read(use.tensor, piece.dim, piece.source)
-            target = params[use.target].data.narrow(piece.dim, piece.target.start, len(piece.target))
-            target.copy_(rows)
+            run = checkpoint.read(use.tensor, piece.source)
+            target = params[use.target].data[piece.target]
+            target.copy_(run)
             filled[use.target] += target.nbytes
-            read_bytes += rows.nbytes
+            read_bytes += run.nbytes
             if progress is not None:
                 progress(read_bytes, to_read)
         manifest = _account(checkpoint, sorting, read_bytes, sum(filled.values()))
@@ -59,7 +60,7 @@ def load(decoder: Decoder, model_dir: str | Path, progress: Progress | None = No
 
 def _refuse_other_twins(checkpoint: Checkpoint, sorting: Sorting) -> None:
     for name, twin in sorting.twins:
-        one, other = (checkpoint.read(each, 0, range(checkpoint.tensors[each].shape[0])) for each in (name, twin))
+        one, other = checkpoint.read(name), checkpoint.read(twin)
         if not torch.equal(one, other):
             raise Refusal(
                 f"config.json ties {name} to {twin}, but the checkpoint has both and they differ",
@@ -85,15 +86,19 @@ def _account(checkpoint: Checkpoint, sorting: Sorting, read_bytes: int, param_by
 
 
 def fill_dummy(decoder: Decoder, seed: int = 0) -> Manifest:
-    """Noise that depends on the seed and a parameter's name alone, so that any cut into stages has the same model. Norms are
-    one. For measuring, and for tests without a checkpoint."""
+    """Noise that depends on the seed and a tensor's name alone, so that any plan has the same model: tensors are made whole,
+    one part of one expert at a time, and cut like a checkpoint's. Norms are one. For measuring, and for tests without a
+    checkpoint."""
     num_bytes = 0
     for name, param in decoder.params():
-        noise = torch.Generator().manual_seed(zlib.crc32(_origin(decoder, name).encode(), seed))
-        if param.dim() == 1 and name.endswith("norm"):
-            param.data.fill_(1.0)
-        else:
-            param.data.copy_(torch.empty(param.shape).normal_(0.0, 0.02, generator=noise))
+        for part, expert in param.cells():
+            if param.dim() == 1 and name.endswith("norm"):
+                whole = torch.ones(param.shape)
+            else:
+                noise = torch.Generator().manual_seed(zlib.crc32(f"{_origin(decoder, name)} {part} {expert}".encode(), seed))
+                whole = torch.empty(param.tensor_shape((part,), expert)).normal_(0.0, 0.02, generator=noise)
+            [piece] = param.pieces((part,), expert)
+            param.data[piece.target].copy_(whole[piece.source])
         num_bytes += param.nbytes
     decoder.prepare()
     return Manifest(0, 0, 0, 0, 0, num_bytes)

@@ -3,6 +3,7 @@ The table's language is layers/names; nothing is read here."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,11 +16,12 @@ from trireme.weights.reader import Stored
 
 
 class Use(NamedTuple):
-    """A checkpoint tensor fills one part of one parameter."""
+    """A checkpoint tensor fills parts of a parameter, of one expert or of all that it has."""
 
     tensor: str
     target: str
-    part: int
+    parts: tuple[int, ...]
+    expert: int | None
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Sorting:
     """Each tensor is in exactly one of `used`, `elsewhere` and `dropped`."""
 
     uses: tuple[Use, ...]
-    elsewhere: tuple[str, ...]  # other stages'
+    elsewhere: tuple[str, ...]  # other stages', and of experts that other ranks have
     dropped: tuple[str, ...]  # the table says `nothing`
     twins: tuple[tuple[str, str], ...]  # dropped tensors, and what each must equal
 
@@ -43,11 +45,11 @@ def sort(tensors: Mapping[str, Stored], decoder: Decoder, num_layers: int) -> So
     elsewhere, dropped, twins, left_over = [], [], [], []
     for name in tensors:
         matches = decoder.names.find(name)
-        here = [Use(name, match.target, match.part) for match in matches if match.target in params]
+        here = [Use(name, match.target, match.parts, match.expert) for match in matches if _is_here(match, params)]
         uses += here
         if here:
             continue
-        if any(_is_elsewhere(match, blocks, num_layers) for match in matches):
+        if any(_is_elsewhere(match, params, blocks, num_layers) for match in matches):
             elsewhere.append(name)
         elif any(match.target == NOTHING for match in matches):
             dropped.append(name)
@@ -60,11 +62,18 @@ def sort(tensors: Mapping[str, Stored], decoder: Decoder, num_layers: int) -> So
     return Sorting(tuple(uses), tuple(elsewhere), tuple(dropped), tuple(twins))
 
 
-def _is_elsewhere(match: Match, blocks: tuple[str, ...], num_layers: int) -> bool:
-    """Whether another stage has it. A tensor of a block that is here, but of no parameter, is nobody's; so is one of a layer
-    beyond the model's."""
+def _is_here(match: Match, params: Mapping[str, Param]) -> bool:
+    param = params.get(match.target)
+    return param is not None and (match.expert is None or match.expert in (param.experts or ()))
+
+
+def _is_elsewhere(match: Match, params: Mapping[str, Param], blocks: tuple[str, ...], num_layers: int) -> bool:
+    """Whether another rank or another stage has it. A tensor of a block that is here, but of no parameter, is nobody's; so is
+    one of a layer or an expert beyond the model's."""
     if match.target == NOTHING or (match.layer is not None and match.layer >= num_layers):
         return False
+    if match.target in params:
+        return match.expert is not None and match.expert < params[match.target].whole[0]
     return not any(match.target.startswith(f"{block}.") for block in blocks)
 
 
@@ -78,10 +87,10 @@ def _refuse_left_over(names: list[str]) -> None:
 
 
 def _refuse_unfilled(uses: list[Use], params: Mapping[str, Param]) -> None:
-    wanted = {(name, part) for name, param in params.items() for part in range(param.num_parts)}
-    filled = [(use.target, use.part) for use in uses]
+    wanted = {(name, cell) for name, param in params.items() for cell in param.cells()}
+    filled = Counter((use.target, cell) for use in uses for cell in params[use.target].cells(use.parts, use.expert))
     missing = sorted({name for name, _ in wanted - set(filled)})
-    twice = sorted({name for name, part in filled if filled.count((name, part)) > 1}) if len(set(filled)) < len(filled) else []
+    twice = sorted({name for (name, _), times in filled.items() if times > 1})
     if missing or twice:
         raise Refusal(
             f"the checkpoint fills parameters {'twice' if twice else 'not at all, or in part'}: {_few(twice or missing)}",
@@ -92,7 +101,7 @@ def _refuse_unfilled(uses: list[Use], params: Mapping[str, Param]) -> None:
 
 def _refuse_misshapen(uses: list[Use], params: Mapping[str, Param], tensors: Mapping[str, Stored]) -> None:
     for use in uses:
-        shape, wanted = tensors[use.tensor].shape, params[use.target].part_shape(use.part)
+        shape, wanted = tensors[use.tensor].shape, params[use.target].tensor_shape(use.parts, use.expert)
         if shape != wanted:
             raise Refusal(
                 f"{use.tensor} is {list(shape)}, but config.json makes it {list(wanted)}",

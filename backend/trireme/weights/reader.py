@@ -34,9 +34,9 @@ class Stored:
     def num_bytes(self) -> int:
         return prod(self.shape) * self.item_bytes
 
-    def rows_bytes(self, dim: int, rows: range) -> int:
-        """Of a run of rows along `dim`."""
-        return self.num_bytes // self.shape[dim] * len(rows)
+    def bytes_of(self, run: tuple[slice, ...]) -> int:
+        """Of a run of it, with a slice for every dim."""
+        return prod(each.stop - each.start for each in run) * self.item_bytes
 
 
 class Checkpoint:
@@ -53,10 +53,10 @@ class Checkpoint:
             if name not in self.tensors or self.tensors[name].file != index[name]:
                 raise _broken(index[name], f"the index puts {name} there, but the file has no such tensor")
 
-    def read(self, name: str, dim: int, rows: range) -> torch.Tensor:
-        """Rows of a tensor along `dim`, as stored."""
-        view = self._files[self.tensors[name].file].get_slice(name)
-        return view[(slice(None),) * dim + (slice(rows.start, rows.stop),)]
+    def read(self, name: str, run: tuple[slice, ...] | None = None) -> torch.Tensor:
+        """A run of a tensor, or all of it, as stored."""
+        file = self._files[self.tensors[name].file]
+        return file.get_tensor(name) if run is None else file.get_slice(name)[run]
 
     def _open(self, path: Path) -> None:
         if not path.is_file():
