@@ -8,7 +8,7 @@ from collections import defaultdict
 from engine.toy import VOCAB, Toy, expected
 from trireme.core.request import Emission, Request, Sampling
 from trireme.core.settings import Limits
-from trireme.core.step import PAGE, array
+from trireme.core.step import PAGE, Step, array
 from trireme.engine.scheduler import Scheduler
 
 
@@ -46,6 +46,7 @@ class Driver:
         self.requests: dict[str, Request] = {}
         self.emissions: dict[tuple[str, int], list[Emission]] = defaultdict(list)
         self.steps = []
+        self.decoding: set[int] = set()  # slots that a step of this epoch has sampled since they were opened
 
     def add(self, request: Request) -> None:
         self.scheduler.add(request)
@@ -65,10 +66,22 @@ class Driver:
             if (index + 1) * PAGE > starts[slot]:
                 holders = [number for number, slots in self.named.items() if any(page in pages for pages in slots.values())]
                 assert not holders, f"page {page} goes to another while steps {holders} name it"
+        self.check_regime(step)
         self.named[step.number] = {s.slot: set(s.pages) for s in self.scheduler._flights[-1].sequences if s.slot >= 0}
         self.posted.append(step)
         self.steps.append(step)
         return True
+
+    def check_regime(self, step: Step) -> None:
+        limits, counts = self.scheduler.limits, array(step.counts).tolist()
+        assert step.sp == (limits.sp_from is not None and step.num_rows >= limits.sp_from)
+        self.decoding -= {opened.slot for opened in step.opens}
+        slots = array(step.slots).tolist()
+        is_decode = [slot in self.decoding for slot in slots]
+        assert limits.cp == 1 or len(set(is_decode)) == 1, "decodes and prompts in one step"
+        long = sum(count for count, decodes in zip(counts, is_decode, strict=True) if count >= 2 * limits.cp and not decodes)
+        assert step.cp == (limits.cp > 1 and long >= step.num_rows / 2)
+        self.decoding |= {slot for slot, samples in zip(slots, array(step.samples).tolist(), strict=True) if samples}
 
     def run_one(self) -> None:
         if self.posted:
@@ -84,7 +97,7 @@ class Driver:
     def fault(self, num_pages: int | None = None, error: Exception | None = None) -> None:
         epoch = self.scheduler.epoch + 1
         late = self.answers
-        self.posted, self.answers, self.named = [], [], {}
+        self.posted, self.answers, self.named, self.decoding = [], [], {}, set()
         self.hear(self.scheduler.restart(epoch, num_pages, error))
         for answer in late:
             assert self.scheduler.learn(answer) == [], "an answer of a dead epoch counts for nothing"

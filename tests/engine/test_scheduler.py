@@ -19,7 +19,7 @@ def request(name: str, num_prompt: int, max_tokens: int = 8, **given) -> Request
     return Request(id=name, prompt=[(len(name) * 31 + i * i) % 50 for i in range(num_prompt)], sampling=sampling, **given)
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     seed=st.integers(0, 2**32),
     fed_back=st.booleans(),
@@ -29,8 +29,10 @@ def request(name: str, num_prompt: int, max_tokens: int = 8, **given) -> Request
     num_pages=st.sampled_from([13, 20, 64]),
     prefix=st.booleans(),
     micro=st.sampled_from([None, None, 1, 3]),
+    cp=st.sampled_from([1, 2, 4]),
+    sp_from=st.sampled_from([None, 1, 2, 8, 60]),
 )
-def test_any_schedule_gives_the_same_tokens(seed, fed_back, inflight, num_stages, rows, num_pages, prefix, micro):
+def test_any_schedule_gives_the_same_tokens(seed, fed_back, inflight, num_stages, rows, num_pages, prefix, micro, cp, sp_from):
     rng = random.Random(seed)
     driver = Driver(
         limits(
@@ -41,6 +43,8 @@ def test_any_schedule_gives_the_same_tokens(seed, fed_back, inflight, num_stages
             num_pages=num_pages,
             enable_prefix_caching=prefix,
             max_micro_batch_size=micro,
+            cp=cp,
+            sp_from=sp_from,
             max_num_seqs=rng.choice([1, 3, 8]),
             max_model_len=rng.choice([110, 200]),
         ),
@@ -75,6 +79,110 @@ def test_full_pipeline(num_stages, inflight, fed_back, rows):
     for i in range(12):
         driver.add(make_request(rng, f"r{i}"))
     driver.rush()
+
+
+@pytest.mark.parametrize("num_pages", [20, 64])
+def test_cp_changes_no_token(num_pages):
+    outputs = []
+    for cp in (1, 2, 4):
+        driver = Driver(limits(cp=cp, num_stages=2, inflight=3, num_pages=num_pages), seed=cp)
+        rng = random.Random(7)
+        for i in range(10):
+            driver.add(make_request(rng, f"r{i}"))
+        driver.finish()
+        outputs.append({key: driver.output(*key) for key in sorted(driver.emissions)})
+    assert outputs[0] == outputs[1] == outputs[2]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    seed=st.integers(0, 2**32),
+    num_stages=st.integers(1, 4),
+    async_depth=st.integers(0, 2),
+    fed_back=st.booleans(),
+    rows=st.sampled_from([16, 64, 200]),
+    cp=st.sampled_from([2, 4]),
+)
+def test_neither_prompts_nor_decodes_starve(seed, num_stages, async_depth, fed_back, rows, cp):
+    inflight, rng = num_stages + async_depth, random.Random(seed)
+    wide = {"num_pages": 400, "max_num_seqs": 12, "max_num_batched_tokens": rows}
+    driver = Driver(limits(cp=cp, num_stages=num_stages, inflight=inflight, fed_back=fed_back, **wide), seed)
+    for i in range(20):
+        driver.add(request(f"r{i}", rng.randint(1, 150), max_tokens=rng.randint(1, 40)))
+        for _ in range(rng.choice([1, 10, 60])):
+            rng.choice([driver.plan, driver.run_one, driver.learn_one])()
+    driver.finish()
+    most_steps_between = inflight + 4 * -(-num_stages // 2) + 2  # one that waits for its token, then its turn among the others
+    prompts: set[int] = set()  # slots with prompt rows left
+    decoded: dict[int, int] = {}  # by slot that decodes: the last step that named it
+    num_without_prompts = 0  # steps in a row that held none of the rows left
+    for step in driver.steps:
+        slots, samples = array(step.slots).tolist(), array(step.samples).tolist()
+        prompts |= {opened.slot for opened in step.opens}
+        num_without_prompts = 0 if not prompts or prompts & set(slots) else num_without_prompts + 1
+        assert num_without_prompts <= 1
+        for slot, sampled in zip(slots, samples, strict=True):
+            if slot in prompts:
+                decoded.pop(slot, None)  # of the slot's last sequence
+            elif slot in decoded:
+                assert step.number - decoded[slot] <= most_steps_between
+            if sampled:
+                prompts.discard(slot)
+                decoded[slot] = step.number
+
+
+def test_prompts_and_decodes_take_turns_with_cp():
+    driver = Driver(limits(cp=2, max_model_len=900))
+    driver.add(request("decoding", 4, max_tokens=50))
+    driver.plan(), driver.run_one(), driver.learn_one()
+    driver.add(request("long", 500, max_tokens=4))
+    while driver.scheduler.num_queued or driver.scheduler._prompts:
+        driver.plan(), driver.run_one(), driver.learn_one()
+    assert [step.num_rows for step in driver.steps[1:]] == [1, 64] * 7 + [1, 52], "the prompt's end is sampled in its own step"
+    assert driver.steps[-1].num_samples == 1
+    driver.rush()
+
+
+@pytest.mark.parametrize(
+    ("cp", "prompts", "is_on"),
+    [
+        (1, [64], False),
+        (2, [3], False),
+        (2, [4], True),
+        (4, [7], False),
+        (4, [8], True),
+        (4, [8, 7], True),
+        (4, [9, 3, 3, 3], True),  # half of the rows can be cut
+        (4, [9, 4, 3, 3], False),
+        (4, [7, 7, 7], False),
+    ],
+)
+def test_cp_is_on_where_half_of_the_rows_can_be_cut(cp, prompts, is_on):
+    driver = Driver(limits(cp=cp, enable_prefix_caching=False))
+    for i, num_prompt in enumerate(prompts):
+        driver.add(request(f"r{i}", num_prompt, max_tokens=2))
+    driver.rush()
+    first, *decodes = driver.steps
+    assert (first.num_rows, first.cp, any(step.cp for step in decodes)) == (sum(prompts), is_on, False)
+    stats = driver.scheduler.stats
+    assert (stats.cp_steps, stats.cp_fallbacks) == (int(is_on), int(cp > 1 and not is_on))
+
+
+def test_sp_is_on_from_a_number_of_rows():
+    driver = Driver(limits(sp_from=3, max_num_seqs=4))
+    for i in range(4):
+        driver.add(request(f"r{i}", 2, max_tokens=1 + 2 * i))
+    driver.rush()
+    assert [(step.num_rows, step.sp) for step in driver.steps] == [
+        (8, True),
+        (3, True),
+        (3, True),
+        (2, False),
+        (2, False),
+        (1, False),
+        (1, False),
+    ]
+    assert driver.scheduler.stats.sp_steps == 3
 
 
 def test_fed_back_runs_ahead_of_its_tokens_and_never_past_the_limit():

@@ -1,6 +1,7 @@
 """Scheduler: the only place that decides what runs. `next() -> Step`, `learn(Outcome) -> [Emission]`, one way. No threads, no torch.
 
 A step holds decodes first, then prompt rows: half of those go to the oldest prompt, the other half to the shortest ones.
+With context parallelism it holds the ones or the others, in turn.
 Pages and slots are given back only after the last planned step that names them has returned.
 """
 
@@ -19,7 +20,7 @@ import numpy as np
 from trireme.core.refusal import Refusal
 from trireme.core.request import Emission, Logprobs, Request
 from trireme.core.settings import Limits
-from trireme.core.step import FED, PAGE, Open, Outcome, Step, array, ints
+from trireme.core.step import FED, PAGE, Open, Outcome, Regime, Step, array, ints
 from trireme.engine.pages import Pages
 from trireme.engine.prefix import extend_names, find_prefix
 from trireme.engine.sequence import Group, Sequence, State, pages_of
@@ -56,7 +57,7 @@ class _Sheet:
         self.bans: list[tuple[int, list[int]]] = []
         self.returns = False
 
-    def step(self, epoch: int) -> Step:
+    def step(self, epoch: int, regime: Regime) -> Step:
         return Step(
             epoch=epoch,
             number=self.flight.number,
@@ -69,6 +70,8 @@ class _Sheet:
             page_writes=ints(self.writes),
             bans=self.bans,
             returns=self.returns,
+            sp=regime.sp,
+            cp=regime.cp,
         )
 
 
@@ -98,6 +101,7 @@ class Scheduler:
         self._early: dict[int, Outcome] = {}  # answers that overtook that of an older step
         self._parting: dict[int, list[Sequence]] = {}  # by the number of the last step that names them
         self._next_number = 0
+        self._prefilled = False  # whether the last step held prompt rows
 
     # ---- what the engine reads
 
@@ -234,18 +238,23 @@ class Scheduler:
         if len(self._flights) >= self.limits.inflight:
             return None
         sheet = _Sheet(self._next_number)
-        self._plan_decodes(sheet, ahead=False)
-        self._plan_prompts(sheet)
+        mixes = self.limits.cp == 1
+        plans = [self._plan_decodes, self._plan_prompts]
+        if not mixes and not self._prefilled:
+            plans.reverse()  # in turn, so that neither starves
+        for plan in plans:
+            if mixes or not sheet.slots:
+                plan(sheet)
         if not sheet.slots:
             self._plan_decodes(sheet, ahead=True)
         if not sheet.slots:
             return None
         self._flights.append(sheet.flight)
         self._prompt_rows_in_flight += sheet.flight.prompt_rows
+        self._prefilled = sheet.flight.prompt_rows > 0
         self._next_number += 1
-        step = sheet.step(self.epoch)
-        self.stats.steps += 1
-        self.stats.rows += step.num_rows
+        step = sheet.step(self.epoch, _regime(sheet.counts, self.limits))
+        self.stats.step_planned(step, falls_back=not mixes and self._prefilled and not step.cp)
         return step
 
     @property
@@ -253,13 +262,16 @@ class Scheduler:
         """Steps below this number have returned."""
         return self._flights[0].number if self._flights else self._next_number
 
-    def _plan_decodes(self, sheet: _Sheet, *, ahead: bool) -> None:
+    def _plan_decodes(self, sheet: _Sheet, *, ahead: bool = False) -> None:
         slots, limits, number = self._slots, self.limits, sheet.flight.number
         decodes = slots.decodes()
-        most = limits.max_micro_batch_size or -(-int(np.count_nonzero(decodes)) // limits.num_stages)
-        room = limits.max_num_batched_tokens
+        room, num_steps = limits.max_num_batched_tokens, limits.num_stages  # that share the decodes
         if self._prompts or len(self._waiting):
-            room -= min(PAGE, room // 2)  # however many decode, prompts go on
+            if limits.cp == 1:
+                room -= min(PAGE, room // 2)  # however many decode, prompts go on
+            else:
+                num_steps = -(-num_steps // 2)  # every other step is for prompts
+        most = limits.max_micro_batch_size or -(-int(np.count_nonzero(decodes)) // num_steps)
         chosen = slots.ready(decodes, number, self._num_returned, limits.num_stages, ahead=ahead)[: min(most, room)]
         chosen, growing = self._room_for(chosen)
         if not len(chosen):
@@ -569,6 +581,15 @@ class Scheduler:
         sequence.state = State.WAITING
         sequence.slot, sequence.pages = -1, []
         self._waiting.push(sequence)
+
+
+def _regime(counts: list[int], limits: Limits) -> Regime:
+    """How ranks share a step whose items have `counts` rows. An item shorter than 2 * cp (a decode, the end of a prompt)
+    cannot be cut zig-zag evenly, so cp is on where the longer ones hold half of the rows."""
+    num_rows = sum(counts)
+    sp = limits.sp_from is not None and num_rows >= limits.sp_from
+    cp = limits.cp > 1 and 2 * sum(count for count in counts if count >= 2 * limits.cp) >= num_rows
+    return Regime(sp, cp)
 
 
 def queue_full(num_queued: int) -> Refusal:

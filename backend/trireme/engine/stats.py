@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from dataclasses import dataclass, field
 
-from trireme.core.step import Clock
+from trireme.core.step import Clock, Step
 
 
 @dataclass
@@ -50,11 +50,22 @@ class Stats:
         self.generation_tokens = 0
         self.steps = 0
         self.rows = 0
+        self.sp_steps = 0  # with sequence parallelism on
+        self.cp_steps = 0  # with context parallelism on
+        self.cp_fallbacks = 0  # steps of prompts too short to cut over cp
         self.epochs = 0  # joined by all stages; every one beyond the first is a repair
         self.faults = 0  # epochs that broke
         self.finished: Counter[str] = Counter()  # sequences by finish_reason
         self.stages = [StageTimes() for _ in range(num_stages)]
         self.observed = Observed()
+
+    def step_planned(self, step: Step, *, falls_back: bool) -> None:
+        """`falls_back`: the stages have context parallelism, and the step's prompt rows go without."""
+        self.steps += 1
+        self.rows += step.num_rows
+        self.sp_steps += step.sp
+        self.cp_steps += step.cp
+        self.cp_fallbacks += falls_back
 
     def stage_returned(self, stage: int, clock: Clock, hop_s: float, *, was_idle: bool) -> None:
         """One stage's part of one step. `was_idle`: nothing was in flight when the step was sent, so its wait was no bubble."""

@@ -42,6 +42,9 @@ FAMILIES = {  # name without the prefix -> (kind, what it is)
     "requests_finished_total": ("COUNTER", "Sequences that ended, by reason"),
     "steps_total": ("COUNTER", "Steps planned"),
     "step_rows_total": ("COUNTER", "Rows of those steps"),
+    "sp_steps_total": ("COUNTER", "Steps with sequence parallelism on"),
+    "cp_steps_total": ("COUNTER", "Steps with context parallelism on"),
+    "cp_fallback_steps_total": ("COUNTER", "Steps of prompts too short for the context parallelism there is"),
     "epochs_total": ("COUNTER", "Epochs joined by all stages; each beyond the first is a repair"),
     "faults_total": ("COUNTER", "Epochs that broke"),
     "stage_busy_seconds_total": ("COUNTER", "Seconds a stage computed"),
@@ -78,6 +81,9 @@ def samples(stats: Stats, stages: BlsStages) -> Iterator[Sample]:
     yield Sample("generation_tokens_total", stats.generation_tokens)
     yield Sample("steps_total", stats.steps)
     yield Sample("step_rows_total", stats.rows)
+    yield Sample("sp_steps_total", stats.sp_steps)
+    yield Sample("cp_steps_total", stats.cp_steps)
+    yield Sample("cp_fallback_steps_total", stats.cp_fallbacks)
     yield Sample("epochs_total", stats.epochs)
     yield Sample("faults_total", stats.faults)
     yield Sample("bls_abandoned_threads", stages.num_abandoned)
