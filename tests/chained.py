@@ -1,4 +1,4 @@
-"""Stages of a checkpoint chained in this process: Decoders driven directly with Batches, no runner, no ranks, no scheduler."""
+"""Stages of a checkpoint chained in this process, every rank in a thread: Decoders driven with Batches, no runner, no scheduler."""
 
 from __future__ import annotations
 
@@ -8,68 +8,92 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from threads import Boards, on_every_rank
 from trireme.core.batch import Batch
-from trireme.core.step import PAGE
+from trireme.core.step import PAGE, Regime
 from trireme.layers.block import Build
 from trireme.models.decoder import Decoder
 from trireme.models.registry import build_stage
 from trireme.models.spec import read_spec
+from trireme.parallel.context import Shared
+from trireme.parallel.deal import Deal
 from trireme.parallel.plan import Plan
+from trireme.parallel.zigzag import rows_of
 from trireme.weights.load import load
 from trireme_kernels.choose import Choices
 
 
-def build_decoder(model_dir: Path, layer_cut: Sequence[int], stage: int, dtype: torch.dtype = torch.float32) -> Decoder:
-    """An empty stage."""
-    device = torch.device("cpu")
-    return build_stage(Build(read_spec(model_dir), Plan(layer_cut=tuple(layer_cut)), stage, device, dtype, Choices(device, dtype)))
+def build_decoder(
+    model_dir: Path, plan: Plan | Sequence[int], stage: int, dtype: torch.dtype = torch.float32, *, rank: int = 0, device: str = "cpu"
+) -> Decoder:
+    """An empty stage, as one rank has it; a plan's layer cut alone stands for one rank a stage."""
+    plan = plan if isinstance(plan, Plan) else Plan(layer_cut=tuple(plan))
+    return build_stage(Build(read_spec(model_dir), plan, stage, torch.device(device), dtype, Choices(device, dtype), rank=rank))
 
 
 class Chained:
     """All stages of a checkpoint with pools of their own. Sequences are numbered; each has `num_pages` pages, scattered."""
 
-    def __init__(self, model_dir: Path, layer_cut: Sequence[int], *, num_sequences: int = 4, max_len: int = 256):
-        self.decoders = [build_decoder(model_dir, layer_cut, stage) for stage in range(len(layer_cut))]
-        for decoder in self.decoders:
-            load(decoder, model_dir)
+    def __init__(self, model_dir: Path, plan: Plan | Sequence[int], *, num_sequences: int = 4, max_len: int = 256):
+        self.plan = plan if isinstance(plan, Plan) else Plan(layer_cut=tuple(plan))
         num_pages = -(-max_len // PAGE)
         shuffled = np.random.default_rng(0).permutation(num_sequences * num_pages).astype(np.int32)
         self._page_table = shuffled.reshape(num_sequences, num_pages)
-        device = torch.device("cpu")
-        self._caches = [[keeps.allocate(shuffled.size, device) for keeps in decoder.keeps] for decoder in self.decoders]
         self._lens = [0] * num_sequences
+        self.decoders: list[list[Decoder]] = []  # [stage][rank]
+        self._caches = []
+        self._boards = []
+        for stage in range(self.plan.pp):
+            boards, decoders = Boards(), [build_decoder(model_dir, self.plan, stage, rank=rank) for rank in range(self.plan.ranks)]
+            for decoder in decoders:
+                load(decoder, model_dir)
+                decoder.build.collectives.begin(boards.groups(decoder.build.collectives))
+            self.decoders.append(decoders)
+            self._caches.append([[keeps.allocate(shuffled.size, torch.device("cpu")) for keeps in each.keeps] for each in decoders])
+            self._boards.append(boards)
 
-    def forward(self, new: dict[int, Sequence[int]], *, all_rows: bool = True) -> torch.Tensor:
+    def forward(self, new: dict[int, Sequence[int]], *, all_rows: bool = True, regime: Regime = Regime()) -> torch.Tensor:
         """One step: tokens that each sequence gets. Logits [rows, V] of all of them in order, or of each one's last."""
-        query_lens = np.array([len(tokens) for tokens in new.values()], dtype=np.int32)
+        counts = np.array([len(tokens) for tokens in new.values()], dtype=np.int32)
         starts = np.array([self._lens[sequence] for sequence in new], dtype=np.int32)
         for sequence, tokens in new.items():
             self._lens[sequence] += len(tokens)
         tables = self._page_table[list(new)]
-        positions = np.concatenate([np.arange(start, start + count) for start, count in zip(starts, query_lens, strict=True)])
-        owners = np.repeat(np.arange(len(new)), query_lens)
+        tokens = np.concatenate([np.asarray(each) for each in new.values()])
+        positions = np.concatenate([np.arange(start, start + count) for start, count in zip(starts, counts, strict=True)])
+        owners = np.repeat(np.arange(len(new)), counts)
         pages = tables[owners, positions // PAGE].astype(np.int64) * PAGE + positions % PAGE
-        head_rows = np.arange(len(positions)) if all_rows else np.cumsum(query_lens) - 1
+        head_rows = torch.arange(len(positions)) if all_rows else torch.from_numpy(np.cumsum(counts) - 1)
 
-        rows = None
-        for decoder, caches in zip(self.decoders, self._caches, strict=True):
+        def run(rank: int, stage: int, came: torch.Tensor | None) -> torch.Tensor:
+            decoder, deal = self.decoders[stage][rank], Deal(self.plan, rank, counts, regime)
+            chunks = deal.chunks
+            mine = rows_of(chunks, counts)
+            context = [deal.own(other) for other in range(rank % self.plan.tp, self.plan.ranks, self.plan.tp)]
             batch = Batch(
-                num_rows=len(positions),
-                tokens=torch.tensor([token for tokens in new.values() for token in tokens]),
-                positions=torch.from_numpy(positions),
-                pages=torch.from_numpy(pages),
-                attention=decoder.plan_attention(query_lens, starts + query_lens, tables),
-                caches=caches,
-                head_rows=torch.from_numpy(head_rows),
+                tokens=torch.from_numpy(tokens[mine]),
+                positions=torch.from_numpy(positions[mine]),
+                pages=torch.from_numpy(pages[mine]),
+                attention=decoder.plan_attention(chunks.counts, starts[chunks.items] + chunks.begins + chunks.counts, tables[chunks.items]),
+                shared=Shared([len(rows) for rows in context], torch.from_numpy(pages[np.concatenate(context)])) if regime.cp else None,
+                caches=self._caches[stage][rank],
+                head_rows=head_rows,
             )
-            rows = decoder.forward(batch, rows)
-        return rows
+            if came is not None:
+                assert len(came) == decoder.num_edge_rows(deal)
+            return decoder.forward(batch, deal, came)
 
-    def greedy(self, prompt: Sequence[int], max_tokens: int, sequence: int = 0) -> list[int]:
+        rows: list[torch.Tensor | None] = [None] * self.plan.ranks
+        for stage, boards in enumerate(self._boards):
+            came = rows
+            rows = list(on_every_rank(self.plan.ranks, lambda rank: run(rank, stage, came[rank]), boards))  # noqa: B023
+        return torch.cat(rows[: self.plan.tp], dim=1)
+
+    def greedy(self, prompt: Sequence[int], max_tokens: int, sequence: int = 0, regime: Regime = Regime()) -> list[int]:
         """The prompt in one step, then token by token."""
         answer, new = [], list(prompt)
         while len(answer) < max_tokens:
-            token = int(self.forward({sequence: new}, all_rows=False).argmax())
+            token = int(self.forward({sequence: new}, all_rows=False, regime=regime).argmax())
             answer.append(token)
-            new = [token]
+            new, regime = [token], Regime(sp=regime.sp)
         return answer

@@ -69,9 +69,11 @@ def test_every_axis_deals_out_the_world_and_views_cross_in_one_rank(plan: Plan):
 
 
 @given(plans())
-def test_names_of_groups_are_unique(plan: Plan):
-    names = [group.name for group in Mesh(plan).every_group()]
-    assert len(set(names)) == len(names)
+def test_names_of_groups_are_unique_and_no_two_have_the_same_ranks(plan: Plan):
+    groups = Mesh(plan).every_group()
+    assert len({group.name for group in groups}) == len(groups)
+    several = [group.ranks for group in groups if len(group.ranks) > 1]
+    assert len(set(several)) == len(several)
 
 
 @pytest.mark.parametrize("rank", range(8))

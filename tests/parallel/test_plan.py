@@ -8,6 +8,7 @@ import pytest
 
 from trireme.core.refusal import Refusal
 from trireme.core.settings import make_settings
+from trireme.core.step import Regime
 from trireme.models.spec import Rope, Spec
 from trireme.parallel.plan import Plan
 
@@ -60,9 +61,55 @@ def test_more_stages_than_layers_are_refused():
         plan_of(pipeline_parallel_size=31)
 
 
-def test_tensor_parallel_stages_are_refused_for_now():
-    with pytest.raises(Refusal, match="tensor_parallel_size=2"):
-        plan_of(tensor_parallel_size=2)
+def test_settings_make_every_axis():
+    plan = plan_of(pipeline_parallel_size=2, tensor_parallel_size=3, context_parallel_size=2, sequence_parallel="on", link="tensor")
+    assert (plan.tp, plan.cp, plan.ranks, plan.world, plan.sp, plan.whole_edges) == (3, 2, 6, 12, True, True)
+    assert str(plan) == "pp2 tp3 cp2 sp"
+    assert plan.regimes == (Regime(), Regime(cp=True), Regime(sp=True), Regime(sp=True, cp=True))
+    assert plan_of().regimes == (Regime(),) and str(plan_of()) == "one rank"
+
+
+MOE = replace(
+    SPEC,
+    family="qwen3_moe",
+    num_heads=32,
+    num_kv_heads=4,
+    sparse=(True,) * 30,
+    num_experts=12,
+    num_experts_per_tok=2,
+    moe_intermediate=96,
+)
+
+
+@pytest.mark.parametrize(
+    ("spec", "settings", "sentence"),
+    [
+        (SPEC, {"tensor_parallel_size": 2}, "tp=2 does not divide 9 query heads.*fix: use tp=1"),
+        (replace(SPEC, num_kv_heads=9, num_heads=72), {"tensor_parallel_size": 2}, "tp=2 does not divide 9 key/value heads"),
+        (replace(SPEC, num_heads=10, num_kv_heads=10), {"tensor_parallel_size": 5}, "tp=5 does not divide 1536 columns"),
+        (SPEC, {"tensor_parallel_size": 3, "expert_parallel_size": 3}, "ep=3 and moe_dp=1 for a checkpoint without experts"),
+        (MOE, {"tensor_parallel_size": 8, "expert_parallel_size": 8}, "ep=8 does not divide 12 experts.*fix: use ep=6"),
+        (replace(MOE, moe_intermediate=90), {"tensor_parallel_size": 4}, "moe_tp=4 does not divide 90 columns of an expert"),
+        (
+            MOE,
+            {"tensor_parallel_size": 2, "context_parallel_size": 4, "moe_data_parallel_size": 2},
+            "moe_dp=2 with cp=4.*use moe_dp=1 or moe_dp=4",
+        ),
+        (MOE, {"tensor_parallel_size": 4, "expert_parallel_size": 3}, "ep=3 times moe_dp=1 does not divide the 4 ranks"),
+        (
+            replace(MOE, num_heads=8),
+            {"tensor_parallel_size": 2, "context_parallel_size": 3, "expert_parallel_size": 2, "experts": "dispatched"},
+            "groups of one size must nest",
+        ),
+    ],
+)
+def test_what_a_checkpoint_cannot_be_spread_over_is_refused(spec, settings, sentence):
+    with pytest.raises(Refusal, match=sentence):
+        Plan.of(make_settings({"model": "/m", **settings}), spec)
+
+
+def test_key_value_heads_are_copied_where_ranks_outnumber_them():
+    assert Plan.of(make_settings({"model": "/m", "tensor_parallel_size": 8}), MOE).tp == 8
 
 
 def test_expert_axes_divide_the_ranks_of_a_stage():

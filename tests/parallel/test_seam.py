@@ -1,90 +1,80 @@
-"""Layouts and seams: the collective follows from (have, want); a schedule of collectives is an expected value."""
+"""Seams: whatever the home of the residual, ranks together have what one rank has; and the sum that is normed is the rounded one."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from trireme.core.refusal import Refusal
-from trireme.parallel.layout import ROWS, SUM, WHOLE, Layout, Move, lay, moves
+from threads import Boards, on_every_rank
+from trireme.core.step import Regime
+from trireme.parallel.collectives import Collectives
+from trireme.parallel.deal import Deal
+from trireme.parallel.layout import SUM, Layout, cut_of, lay
+from trireme.parallel.mesh import Mesh
 from trireme.parallel.plan import Plan
-from trireme.parallel.seam import Seam
+from trireme.parallel.seam import Seam, home_of
 from trireme_kernels.choose import Choices
 
-TWO = {"tp": 2, "cp": 1}
+HIDDEN, COUNTS = 8, [6, 5]
 
 
-@pytest.mark.parametrize(
-    ("have", "want", "collective"),
-    [(SUM, WHOLE, "all_reduce"), (SUM, ROWS, "reduce_scatter"), (ROWS, WHOLE, "all_gather"), (WHOLE, ROWS, "slice")],
-)
-def test_the_table(have, want, collective):
-    assert moves(lay(tp=have), lay(tp=want), TWO) == (Move(collective, "tp"),)
-    assert moves(lay(tp=have), lay(tp=want), {"tp": 1, "cp": 1}) == ()
-
-
-@pytest.mark.parametrize("same", [WHOLE, ROWS])
-def test_nothing_moves_where_nothing_changes(same):
-    assert moves(lay(tp=same), lay(tp=same), TWO) == ()
-
-
-@pytest.mark.parametrize(("have", "want"), [(WHOLE, SUM), (ROWS, SUM), (SUM, SUM)])
-@pytest.mark.parametrize("sizes", [TWO, {"tp": 1, "cp": 1}])
-def test_other_pairs_are_refused_on_any_mesh(have, want, sizes):
-    with pytest.raises(Refusal, match=f"{have.name} -> {want.name} is not in the table"):
-        moves(lay(tp=have), lay(tp=want), sizes)
-
-
-def test_axes_move_one_after_the_other():
-    assert moves(lay(tp=SUM, cp=ROWS), lay(), {"tp": 2, "cp": 2}) == (Move("all_reduce", "tp"), Move("all_gather", "cp"))
-
-
-def test_a_layout_prints_what_is_cut():
-    assert str(lay(tp=SUM)) == "lay(tp=SUM)" and str(lay()) == "lay()"
-
-
-def seam(plan: Plan, have: Layout, want: Layout, **more) -> Seam:
-    choices = Choices("cpu", torch.float32)
+def make(collectives: Collectives, have: Layout, regime: Regime, want: Layout, dtype: torch.dtype = torch.float32) -> Seam:
+    choices, home = Choices("cpu", dtype), home_of(regime)
     return Seam(
-        have,
-        want,
-        plan,
-        weight=torch.linspace(0.5, 1.5, 8),
+        have.at(home),
+        home,
+        want.at(home),
+        collectives,
+        weight=torch.linspace(0.5, 1.5, HIDDEN).to(dtype),
         eps=1e-6,
-        rms_norm=choices("rms_norm", hidden=8),
-        add_rms_norm=choices("add_rms_norm", hidden=8),
-        **more,
+        rms_norm=choices("rms_norm", hidden=HIDDEN),
+        add_rms_norm=choices("add_rms_norm", hidden=HIDDEN),
     )
 
 
-@pytest.mark.parametrize(
-    ("plan", "schedule"),
-    [
-        (Plan(layer_cut=(1,)), []),
-        (Plan(layer_cut=(1,), tp=2), ["all_reduce"]),
-        (Plan(layer_cut=(1,), tp=2, sp=True), ["reduce_scatter", "all_gather"]),
-    ],
-)
-def test_sequence_parallelism_is_where_the_residual_lives(plan: Plan, schedule: list[str]):
-    seen = []
-
-    def record(move: Move, x: torch.Tensor) -> torch.Tensor:
-        seen.append(move.collective)
-        return x
-
-    x, residual = torch.randn(3, 8), torch.randn(3, 8)
-    seam(plan, lay(tp=SUM), lay(), collective=record)(x, residual)
-    assert seen == schedule
+def whole(x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    plan = Plan(layer_cut=(1,))
+    seam = make(Collectives(Mesh(plan), 0), lay(tp=SUM), Regime(), lay())
+    return seam(x, residual, Deal(plan, 0, np.array(COUNTS)))
 
 
-def test_a_seam_adds_and_norms_the_sum():
-    x, residual = torch.randn(3, 8), torch.randn(3, 8)
-    normed, after = seam(Plan(layer_cut=(1,)), lay(tp=SUM), lay())(x, residual)
-    torch.testing.assert_close(after, x + residual)
-    again, same = seam(Plan(layer_cut=(1,)), lay(), lay())(None, after)
-    assert torch.equal(again, normed) and same is after
+@pytest.mark.parametrize("regime", [Regime(), Regime(sp=True), Regime(cp=True), Regime(sp=True, cp=True)])
+def test_ranks_together_have_what_one_has(regime):
+    plan = Plan(layer_cut=(1,), tp=2, cp=2, sp=True)
+    mesh, boards = Mesh(plan), Boards()
+    shares = torch.randn(plan.tp, sum(COUNTS), HIDDEN)
+    residual = torch.randn(sum(COUNTS), HIDDEN)
+    normed, summed = whole(shares.sum(0), residual)
+
+    def run(rank: int):
+        collectives, deal = Collectives(mesh, rank), Deal(plan, rank, np.array(COUNTS), regime)
+        seam = make(collectives, lay(tp=SUM), regime, lay())
+        collectives.begin(boards.groups(collectives))
+        own, home = torch.from_numpy(deal.own()), torch.from_numpy(deal.rows(cut_of(home_of(regime), mesh)))
+        found = seam(shares[rank % plan.tp][own], residual[home], deal)
+        torch.testing.assert_close(found[0], normed[own])
+        torch.testing.assert_close(found[1], summed[home])
+        return len(home)
+
+    rows = on_every_rank(plan.ranks, run, boards)
+    copies = (1 if regime.sp else plan.tp) * (1 if regime.cp else plan.cp)
+    assert sum(rows) == copies * sum(COUNTS)
 
 
-def test_a_seam_that_cannot_be_is_refused_at_build():
-    with pytest.raises(Refusal, match="no collective leads from"):
-        seam(Plan(layer_cut=(1,)), lay(), lay(tp=SUM))
+def test_the_first_seam_of_a_stage_norms_what_came():
+    plan, residual = Plan(layer_cut=(1,)), torch.randn(sum(COUNTS), HIDDEN)
+    seam = make(Collectives(Mesh(plan), 0), lay(), Regime(), lay())
+    normed, same = seam(None, residual, Deal(plan, 0, np.array(COUNTS)))
+    assert same is residual
+    torch.testing.assert_close(normed, whole(torch.zeros_like(residual), residual)[0])
+
+
+def test_the_norm_reads_the_rounded_sum():
+    """A stage that receives the sum in bfloat16 norms the same numbers as one that made it."""
+    plan = Plan(layer_cut=(1,))
+    seam = make(Collectives(Mesh(plan), 0), lay(tp=SUM), Regime(), lay(), torch.bfloat16)
+    x, residual = (torch.randn(sum(COUNTS), HIDDEN).to(torch.bfloat16) for _ in range(2))
+    deal = Deal(plan, 0, np.array(COUNTS))
+    normed, summed = seam(x, residual, deal)
+    assert torch.equal(seam(None, summed, deal)[0], normed)

@@ -11,16 +11,16 @@ import torch
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of one forward, T in all, item after item.
+    """Rows of one forward that this rank attends to: all T of the step, or its N of them under context parallelism.
 
-    `attention` is what the paged_attention op's `plan` made of the step's lengths and page tables; `pages` is where
-    each row's key and value go.
+    `attention` is what the paged_attention op's `plan` made of the rows' lengths and page tables; `pages` is where
+    each row's key and value go, and `shared` where those of other ranks' rows go.
     """
 
-    num_rows: int
-    tokens: torch.Tensor  # int64 [T]; only stage 0 reads it
-    positions: torch.Tensor  # int64 [T]
-    pages: torch.Tensor  # int64 [T]: page * PAGE + offset
+    tokens: torch.Tensor  # int64 [N]; only stage 0 reads it
+    positions: torch.Tensor  # int64 [N]
+    pages: torch.Tensor  # int64 [N]: page * PAGE + offset
     attention: Any
+    shared: Any  # parallel.context.Shared, or None where this rank has all rows
     caches: Sequence[tuple[torch.Tensor, ...]]  # what each block's `keeps` asked for, by its cache number
-    head_rows: torch.Tensor  # int64 [R]: rows that need logits (sampled ones, and those of prompt logprobs)
+    head_rows: torch.Tensor  # int64 [R]: of the step's T rows, those that need logits (sampled ones, and those of prompt logprobs)

@@ -73,6 +73,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, fo
         return self.pipeline_parallel_size + self.async_depth
 
     @property
+    def meets(self) -> bool:
+        """Whether ranks speak to one another, and so must meet when an epoch begins."""
+        return self.ranks_per_stage > 1 or (self.num_stages > 1 and self.link == "collective")
+
+    @property
     def fed_back(self) -> bool:
         """Whether sampled tokens return to stage 0 over the link, ahead of the front."""
         return self.link == "collective"

@@ -212,7 +212,7 @@ class Chain:
         epoch = self._last_epoch = max(self._last_epoch, *(state.epoch for state in states)) + 1
         timeout_s = self._settings.step_timeout_s
         store = ""
-        if self._stages.num_stages > 1 and self._settings.link == "collective":
+        if self._settings.meets:
             (founded,) = self._ask(Found(epoch), (0,), timeout_s)
             assert founded is not None, "only a Join is not waited for"
             if not isinstance(founded, Founded):

@@ -8,11 +8,12 @@ from trireme.core.batch import Batch
 from trireme.layers.block import Block, Build, PerToken
 from trireme.layers.linear import Linear
 from trireme.layers.param import Param, by_heads, by_rows
+from trireme.parallel.context import Context
 from trireme.parallel.layout import SUM, lay
 
 
 class Attention(Block):
-    """Rows [T, H] -> [T, H]. A window of w shows a query its last w keys, itself included; 0 shows all."""
+    """Rows [N, H] -> [N, H]. A window of w shows a query its last w keys, itself included; 0 shows all."""
 
     takes, gives = lay(), lay(tp=SUM)
 
@@ -32,6 +33,7 @@ class Attention(Block):
         sizes = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": dim}
         self.rope_write = build.choices("qk_rope_write", **sizes)
         self.attend = build.choices("paged_attention", **sizes, window=window)
+        self.share = Context(build.collectives.along("cp"))
         self._split, self._dim, self._eps = [num_heads, num_kv_heads, num_kv_heads], dim, spec.eps
         self._cos_sin = build.cos_sin
 
@@ -42,5 +44,6 @@ class Attention(Block):
         q = self.rope_write(
             q, k, v, self._cos_sin, batch.positions, self.q_norm, self.k_norm, self._eps, keys, values, batch.pages
         )  # fmt: skip
+        self.share((keys, values), batch.pages, batch.shared)
         rows = self.attend.run(q, keys, values, batch.attention[self.window])
         return self.out(rows.view(num_rows, -1))

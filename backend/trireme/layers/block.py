@@ -13,10 +13,10 @@ from trireme.core.step import PAGE
 from trireme.layers.param import Param
 from trireme.layers.rope import cos_sin
 from trireme.models.spec import Spec
+from trireme.parallel.collectives import Collectives
 from trireme.parallel.layout import Layout, lay
 from trireme.parallel.mesh import Mesh
 from trireme.parallel.plan import Plan
-from trireme.parallel.seam import Collective
 from trireme_kernels.choose import Choices
 
 
@@ -31,7 +31,6 @@ class Build:
     dtype: torch.dtype
     choices: Choices  # ops, chosen once
     rank: int = 0  # inside the stage
-    collective: Collective | None = None  # runs a seam's moves; a stage of one rank has none
 
     @property
     def first(self) -> bool:
@@ -42,8 +41,9 @@ class Build:
         return self.stage == self.plan.pp - 1
 
     @cached_property
-    def mesh(self) -> Mesh:
-        return Mesh(self.plan)
+    def collectives(self) -> Collectives:
+        """This rank's groups in its stage; each epoch fills them anew."""
+        return Collectives(Mesh(self.plan), self.rank)
 
     @cached_property
     def cos_sin(self) -> torch.Tensor:
@@ -52,11 +52,12 @@ class Build:
 
     def place(self, axis: str) -> tuple[int, int]:
         """(this rank's number along an axis of the mesh, the axis's size)."""
-        return self.mesh.place(axis, self.stage * self.plan.ranks + self.rank), self.mesh.size(axis)
+        span = self.collectives.mesh.spans[axis]
+        return span.place(self.rank), span.size
 
     def share(self, num_units: int, axis: str = "tp") -> int:
         """How many of num_units heads this rank has; at least a copy of one."""
-        return max(1, num_units // self.mesh.size(axis))
+        return max(1, num_units // self.place(axis)[1])
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class PerToken:
 
 
 class Block(nn.Module):
-    """Takes normed rows [T, H] laid out as `takes`, gives rows [T, H] laid out as `gives`; `norm` is the seam's before it."""
+    """Takes normed rows [N, H] laid out as `takes`, gives rows [N, H] laid out as `gives`; `norm` is the seam's before it."""
 
     takes: Layout = lay()
     gives: Layout = lay()

@@ -1,4 +1,4 @@
-"""Decoder: one stage of a dense decoder, as the list of blocks it has with a seam before each. Families say what the blocks are."""
+"""Decoder: one stage of a decoder, as the list of blocks it has with a seam before each. Families say what the blocks are."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ import torch
 from torch import nn
 
 from trireme.core.batch import Batch
+from trireme.core.step import Regime
 from trireme.layers.attention import Attention
 from trireme.layers.block import Block, Build, PerToken
 from trireme.layers.embed import Embed, Head
 from trireme.layers.linear import Linear
 from trireme.layers.names import Names, table
 from trireme.layers.param import Param
-from trireme.parallel.layout import Layout
+from trireme.parallel.deal import Deal
+from trireme.parallel.layout import WHOLE, Layout, cut_of, lay
 from trireme.parallel.seam import Route, Seam, home_of
 
-# What the dense families' checkpoints share.
+# What all families' checkpoints share.
 DENSE_NAMES = table("""
   model.embed_tokens                               -> embed
   model.layers.{i}.input_layernorm.weight          -> layers.{i}.attn.norm
@@ -31,6 +33,21 @@ DENSE_NAMES = table("""
   model.norm.weight                                -> head.norm
   lm_head                                          -> head.proj                   tie model.embed_tokens
   *.rotary_emb.inv_freq                            -> nothing
+""")
+
+# Where queries and keys are normed.
+QK_NORM_NAMES = table("""
+  model.layers.{i}.self_attn.q_norm.weight         -> layers.{i}.attn.q_norm
+  model.layers.{i}.self_attn.k_norm.weight         -> layers.{i}.attn.k_norm
+""")
+
+# Experts in both forms of checkpoint: a tensor for each, or one for all.
+EXPERT_NAMES = table("""
+  model.layers.{i}.mlp.gate                              -> layers.{i}.mlp.router
+  model.layers.{i}.mlp.experts.{e}.{gate,up}_proj.weight -> layers.{i}.mlp.gate_up     join gate up   stack e
+  model.layers.{i}.mlp.experts.{e}.down_proj.weight      -> layers.{i}.mlp.down        stack e
+  model.layers.{i}.mlp.experts.gate_up_proj              -> layers.{i}.mlp.gate_up     holds gate up
+  model.layers.{i}.mlp.experts.down_proj                 -> layers.{i}.mlp.down
 """)
 
 LayerBlocks = Callable[[Build, int], list[Block]]
@@ -51,11 +68,7 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self._parts: list[Embed | Block] = [self.embed, *blocks] if self.embed is not None else [*blocks]
 
-        home = home_of(plan)
-        self._enter = Route(self.embed.gives, home, plan, build.collective) if self.embed is not None else None
-        self._leave = None if build.last else Route(blocks[-1].gives, home, plan, build.collective)
-        have = [home, *(block.gives for block in blocks)]
-        self._walk = [(_seam(build, before, block), block) for before, block in zip(have, blocks, strict=False)]
+        self._walks = {regime: _Walk(build, regime, self.embed, blocks) for regime in plan.regimes}
 
         self.keeps: list[PerToken] = []  # in the order of Batch.caches
         for block in blocks:
@@ -70,18 +83,29 @@ class Decoder(nn.Module):
         return {window: attend.plan(query_lens, kv_lens, page_table) for window, attend in self._attends.items()}
 
     @torch.inference_mode()
-    def forward(self, batch: Batch, rows: torch.Tensor | None = None) -> torch.Tensor:
-        """The first stage reads batch.tokens, others take the residual `rows` [T, H]. The last stage gives float32 logits
-        [R, V] of batch.head_rows, others the residual [T, H] after the add; the receiver norms it."""
-        if rows is None:
-            assert self.embed is not None and self._enter is not None, "a later stage takes rows"
-            rows = self._enter(self.embed(batch))
-        x, residual = None, rows
-        for seam, block in self._walk:
-            x, residual = seam(x, residual)
+    def forward(self, batch: Batch, deal: Deal, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """The first stage reads batch.tokens, others take the residual `rows`, laid out as `edge` of the step's regime says. The
+        last stage gives its columns of the float32 logits [R, V] of batch.head_rows, others the residual after the add, again
+        laid out as `edge`; the receiver norms it."""
+        walk = self._walks[deal.regime]
+        if self.embed is not None:
+            rows = self.embed(batch)
+        assert rows is not None, "a later stage takes rows"
+        residual = walk.enter(rows, deal)
+        x = None
+        for seam, block in walk.blocks:
+            x, residual = seam(x, residual, deal)
             x = block(x, batch)
         assert x is not None, "a stage has blocks"
-        return x if self._leave is None else residual + self._leave(x)
+        return x if walk.settle is None else walk.leave(residual + walk.settle(x, deal), deal)
+
+    def num_edge_rows(self, deal: Deal) -> int:
+        """Rows that come over an edge to this rank."""
+        return len(deal.rows(self._walks[deal.regime].edge))
+
+    def schedule(self) -> list[str]:
+        """Every collective of a step, a line each, for each regime: what another run of the same plan must do, too."""
+        return [line for regime, walk in self._walks.items() for line in (f"{regime}", *walk.lines())]
 
     @property
     def block_names(self) -> tuple[str, ...]:
@@ -104,15 +128,46 @@ class Decoder(nn.Module):
                 module.prepare()
 
 
-def _seam(build: Build, have: Layout, block: Block) -> Seam:
+class _Walk:
+    """A stage's way through its blocks in one regime: a route in, a seam before each block, and what is owed at the end.
+
+    embedding or edge --enter--> home | seam, block | seam, block | ... --settle--> home --leave--> edge
+    """
+
+    def __init__(self, build: Build, regime: Regime, embed: Embed | None, blocks: list[Block]):
+        home, collectives = home_of(regime), build.collectives
+        edge = lay(cp=WHOLE) if build.plan.whole_edges else home
+        have = [home, *(block.gives.at(home) for block in blocks)]
+        self.edge = cut_of(edge, collectives.mesh)
+        self.enter = Route(edge if embed is None else embed.gives.at(home), home, collectives)
+        self.blocks = [(_seam(build, before, home, block), block) for before, block in zip(have, blocks, strict=False)]
+        self.settle = None if build.last else Route(have[-1], home, collectives)
+        self.leave = Route(home, edge, collectives)
+
+    def lines(self) -> Iterator[str]:
+        for part, route in self._routes():
+            if str(route):
+                yield f"  {part:<18}{route}"
+
+    def _routes(self) -> Iterator[tuple[str, Route]]:
+        yield "enter", self.enter
+        for seam, block in self.blocks:
+            yield f"before {block.name}", seam.settle
+            yield f"to {block.name}", seam.spread
+        if self.settle is not None:
+            yield "leave", self.settle
+            yield "leave", self.leave
+
+
+def _seam(build: Build, have: Layout, home: Layout, block: Block) -> Seam:
     hidden = build.spec.hidden
     return Seam(
         have,
-        block.takes,
-        build.plan,
+        home,
+        block.takes.at(home),
+        build.collectives,
         weight=block.norm,
         eps=build.spec.eps,
         rms_norm=build.choices("rms_norm", hidden=hidden),
         add_rms_norm=build.choices("add_rms_norm", hidden=hidden),
-        collective=build.collective,
     )

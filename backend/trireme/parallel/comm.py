@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from typing import Any, Protocol
 
 import torch
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore  # pyright: ignore[reportPrivateImportUsage]  # not in __all__
@@ -49,11 +50,62 @@ def meet(store: TCPStore, epoch: int, seat: int, num_seats: int, timeout_s: floa
         store.set(seats[seat], "taken")
         while not store.check(seats):
             if give_up():
-                raise LinkLost(f"epoch {epoch} was given up before all stages came")
+                raise LinkLost(f"epoch {epoch} was given up before all ranks came")
             if time.monotonic() > deadline:
                 missing = [other for other, name in enumerate(seats) if not store.check([name])]
-                raise LinkLost(f"epoch {epoch}: stages {missing} did not come within {timeout_s:g} s")
+                raise LinkLost(f"epoch {epoch}: ranks {missing} did not come within {timeout_s:g} s")
             time.sleep(_GLANCE_S)
+
+
+class Group(Protocol):
+    """Ranks of one epoch that call the same collectives in the same order, each with its place among them. LinkLost where one
+    of them is gone or late."""
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor: ...
+
+    def all_gather(self, x: torch.Tensor, counts: list[int]) -> torch.Tensor: ...
+
+    def reduce_scatter(self, x: torch.Tensor, counts: list[int]) -> torch.Tensor: ...
+
+    def all_to_all(self, x: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor: ...
+
+
+class GlooGroup:
+    """A Group on CPUs. Sums are made in float32 and in the order of places, whoever keeps them, so that no rank's result
+    depends on which rank made it."""
+
+    def __init__(self, store: TCPStore, epoch: int, name: str, place: int, size: int, timeout_s: float):
+        self.name = f"{name} of epoch {epoch}"
+        self.size, self.place = size, place
+        self._group = _form(store, epoch, name, place, size, timeout_s)
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        summed = x.to(torch.float32).contiguous()
+        with _lost_as(self.name):
+            self._group.allreduce([summed]).wait()
+        return summed.to(x.dtype)
+
+    def all_gather(self, x: torch.Tensor, counts: list[int]) -> torch.Tensor:
+        most, rest = max(counts), x.shape[1:]
+        mine = x.new_zeros(most, *rest)  # gloo gathers equal parts
+        mine[: len(x)] = x
+        every = x.new_empty(self.size * most, *rest)
+        with _lost_as(self.name):
+            self._group._allgather_base(every, mine).wait()
+        if min(counts) == most:
+            return every
+        return torch.cat([part[:count] for part, count in zip(every.split(most), counts, strict=True)])
+
+    def reduce_scatter(self, x: torch.Tensor, counts: list[int]) -> torch.Tensor:
+        mine = counts[self.place]
+        shares = self.all_to_all(x, counts, [mine] * self.size).view(self.size, mine, *x.shape[1:])
+        return shares.sum(0, dtype=torch.float32).to(x.dtype)
+
+    def all_to_all(self, x: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
+        came = x.new_empty(sum(received), *x.shape[1:])
+        with _lost_as(self.name):
+            self._group.alltoall_base(came, x.contiguous(), received, sent).wait()
+        return came
 
 
 class Expected:
@@ -73,12 +125,7 @@ class Pair:
 
     def __init__(self, store: TCPStore, epoch: int, name: str, side: int, timeout_s: float, depth: int):
         self.name = f"{name} of epoch {epoch}"
-        options = ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue]  # not in torch's stubs, like send and recv
-        options._devices = [ProcessGroupGloo.create_device(hostname=_HOST)]
-        options._timeout = timedelta(seconds=timeout_s)
-        options._threads = 1
-        with _lost_as(self.name):
-            self._group = ProcessGroupGloo(PrefixStore(f"{epoch}/{name}", store), side, 2, options)
+        self._group = _form(store, epoch, name, side, 2, timeout_s)
         self._peer = 1 - side
         self._sent: deque[tuple[torch.distributed.Work, torch.Tensor]] = deque()
         self._depth = depth
@@ -87,7 +134,7 @@ class Pair:
         """Returns at once; the tensor must not change afterwards."""
         tensor = tensor.contiguous()
         with _lost_as(self.name):
-            work = self._group.send([tensor], self._peer, 0)  # pyright: ignore[reportAttributeAccessIssue]
+            work = self._group.send([tensor], self._peer, 0)
             self._sent.append((work, tensor))
             if len(self._sent) > self._depth:
                 work, _ = self._sent.popleft()
@@ -97,8 +144,18 @@ class Pair:
         """The next message, which must have this shape; returns at once."""
         tensor = torch.empty(*shape, dtype=dtype)
         with _lost_as(self.name):
-            work = self._group.recv([tensor], self._peer, 0)  # pyright: ignore[reportAttributeAccessIssue]
+            work = self._group.recv([tensor], self._peer, 0)
         return Expected(self, work, tensor)
+
+
+def _form(store: TCPStore, epoch: int, name: str, place: int, size: int, timeout_s: float) -> Any:
+    """A ProcessGroupGloo, of which torch's stubs know little. Blocks until all members are here."""
+    options = ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue]  # not in torch's stubs
+    options._devices = [ProcessGroupGloo.create_device(hostname=_HOST)]
+    options._timeout = timedelta(seconds=timeout_s)
+    options._threads = 1
+    with _lost_as(f"{name} of epoch {epoch}"):
+        return ProcessGroupGloo(PrefixStore(f"{epoch}/{name}", store), place, size, options)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,9 @@
 collective   rank to rank by gloo:   stage 0 --edge_0--> stage 1 --edge_1--> stage 2 --return--> stage 0
 tensor       in the Parcel of the call and of its answer: plain BLS chaining, no tokens back
 solo         one stage: no rows; tokens go from its end to its beginning
+
+Each rank of a stage has a link of its own, to its twins: those of the same number in the other stages. On a collective link it
+hands on the rows that it has, so that under sequence parallelism a twin gets 1 / tp of them, and nothing is gathered.
 """
 
 from __future__ import annotations
@@ -15,7 +18,8 @@ import numpy as np
 import torch
 
 from trireme.core.settings import Settings
-from trireme.parallel.comm import LinkLost, Pair, meet, reach_store
+from trireme.parallel.collectives import Collectives
+from trireme.parallel.comm import GlooGroup, LinkLost, Pair, meet, reach_store
 
 
 class ExpectedTokens(Protocol):
@@ -26,7 +30,7 @@ class ExpectedTokens(Protocol):
 
 
 class Link(Protocol):
-    """One stage's ends for one epoch. LinkLost where another stage is gone, late or wrong."""
+    """One rank's ends for one epoch. LinkLost where another stage is gone, late or wrong."""
 
     def receive(self, num_rows: int, carried: np.ndarray | None) -> torch.Tensor | None:
         """Rows of the stage before, [num_rows, hidden]; None in stage 0. `carried` came with the call."""
@@ -46,21 +50,38 @@ class Link(Protocol):
 
 
 def form_link(
-    settings: Settings, stage: int, epoch: int, store: str, *, hidden: int, dtype: torch.dtype, give_up: Callable[[], bool]
+    settings: Settings,
+    collectives: Collectives,
+    stage: int,
+    epoch: int,
+    store: str,
+    *,
+    hidden: int,
+    dtype: torch.dtype,
+    give_up: Callable[[], bool],
 ) -> Link:
-    """This stage's link of an epoch. Blocks until every stage has joined; LinkLost where they do not, or `give_up` says so."""
-    num_stages, limit_s = settings.num_stages, settings.step_timeout_s
+    """This rank's link of an epoch, and the groups of its collectives. Blocks until every rank of every stage has joined;
+    LinkLost where they do not, or `give_up` says so."""
+    num_stages, num_ranks, rank, limit_s = settings.num_stages, settings.ranks_per_stage, collectives.rank, settings.step_timeout_s
+    if not settings.meets:
+        return SoloLink() if num_stages == 1 else TensorLink(stage, rank, hidden=hidden, dtype=dtype)
+    meeting = reach_store(store, limit_s)
+    meet(meeting, epoch, stage * num_ranks + rank, settings.world, limit_s, give_up)
+
+    # every rank forms its groups in this order, and then its pairs, so none waits in a circle
+    groups = {}
+    for span in collectives.spans:
+        name = f"stage_{stage}.{collectives.mesh.group_of(span, rank).name}"
+        groups[span] = GlooGroup(meeting, epoch, name, span.place(rank), span.size, limit_s)
+    collectives.begin(groups)
     if num_stages == 1:
         return SoloLink()
     if settings.link == "tensor":
-        return TensorLink(stage, hidden=hidden, dtype=dtype)
-    meeting = reach_store(store, limit_s)
-    meet(meeting, epoch, stage, num_stages, limit_s, give_up)
+        return TensorLink(stage, rank, hidden=hidden, dtype=dtype)
 
     def pair(name: str, side: int) -> Pair:
-        return Pair(meeting, epoch, name, side, limit_s, depth=settings.inflight)
+        return Pair(meeting, epoch, f"{name}.{rank}", side, limit_s, depth=settings.inflight)
 
-    # every stage forms its pairs in this order, so none waits in a circle
     before = pair(f"edge_{stage - 1}", 1) if stage > 0 else None
     after = pair(f"edge_{stage}", 0) if stage < num_stages - 1 else None
     back = pair("return", 0 if stage else 1) if stage in (0, num_stages - 1) else None
@@ -89,8 +110,10 @@ class CollectiveLink:
 
 
 class TensorLink:
-    def __init__(self, stage: int, *, hidden: int, dtype: torch.dtype):
-        self._stage, self._hidden, self._dtype = stage, hidden, dtype
+    """Every rank gets the rows with the call, and rank 0 gives them with its answer: an edge has all of them."""
+
+    def __init__(self, stage: int, rank: int, *, hidden: int, dtype: torch.dtype):
+        self._stage, self._rank, self._hidden, self._dtype = stage, rank, hidden, dtype
 
     def receive(self, num_rows: int, carried: np.ndarray | None) -> torch.Tensor | None:
         if self._stage == 0:
@@ -104,6 +127,8 @@ class TensorLink:
         return rows
 
     def send(self, rows: torch.Tensor) -> np.ndarray | None:
+        if self._rank:
+            return None
         return rows.contiguous().view(torch.uint8).view(-1).numpy()
 
     def expect_tokens(self, num_samples: int) -> ExpectedTokens:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
+from typing import Literal
 
 from trireme.core.refusal import Refusal
 from trireme.core.settings import Settings
+from trireme.core.step import Regime
 from trireme.models.cost import cut_layers
 from trireme.models.spec import Spec
 
@@ -19,7 +22,9 @@ class Plan:
     cp: int = 1
     ep: int = 1
     moe_dp: int = 1
-    sp: bool = False  # whether the residual lives cut by rows over tp
+    sp: bool = False  # whether some steps have the residual cut by rows over tp
+    experts: Literal["gathered", "dispatched"] = "gathered"
+    whole_edges: bool = False  # whether stages hand on every row, as the tensor link does, or each rank its own
 
     def __post_init__(self):
         if min(self.tp, self.cp, self.ep, self.moe_dp) < 1 or not self.layer_cut:
@@ -36,6 +41,13 @@ class Plan:
                 why="a copy of the experts serves the rows of one context shard, or of all",
                 fix=f"use moe_dp=1 or moe_dp={self.cp}",
             )
+
+    def __str__(self) -> str:
+        """As on the command line, without what is one or off: "pp2 tp2 ep2 sp"."""
+        sizes = {"pp": self.pp, "tp": self.tp, "cp": self.cp, "moe_dp": self.moe_dp, "ep": self.ep}
+        words = [f"{name}{size}" for name, size in sizes.items() if size > 1]
+        words += ["sp"] * self.sp + ["dispatched"] * (self.experts == "dispatched")
+        return " ".join(words) or "one rank"
 
     @property
     def pp(self) -> int:
@@ -54,6 +66,11 @@ class Plan:
     def world(self) -> int:
         return self.pp * self.ranks
 
+    @property
+    def regimes(self) -> tuple[Regime, ...]:
+        """All that steps may name."""
+        return tuple(Regime(sp, cp) for sp, cp in product((False, True)[: 1 + self.sp], (False, True)[: 1 + (self.cp > 1)]))
+
     def layers(self, stage: int) -> range:
         """Numbers of a stage's layers, in the whole model."""
         start = sum(self.layer_cut[:stage])
@@ -62,19 +79,60 @@ class Plan:
     @classmethod
     def of(cls, settings: Settings, spec: Spec) -> Plan:
         """The plan that settings ask for. Refusal where the checkpoint cannot be spread so."""
-        if settings.tensor_parallel_size != 1:
-            raise Refusal(
-                f"tensor_parallel_size={settings.tensor_parallel_size}",
-                why="a stage has one rank so far",
-                fix="leave it out and raise pipeline_parallel_size",
-            )
         num_stages, cut = settings.pipeline_parallel_size, settings.layer_cut
-        if cut is None:
-            return cls(layer_cut=tuple(cut_layers(spec, num_stages)))
-        if sum(cut) != spec.num_layers or min(cut) < 1:
+        if cut is not None and (sum(cut) != spec.num_layers or min(cut) < 1):
             raise Refusal(
                 f"layer_cut={cut} does not cut {spec.num_layers} layers into {num_stages} stages",
                 why="it names the layers of every stage, at least one each",
                 fix=f"use layer_cut={cut_layers(spec, num_stages)}, or leave it out",
             )
-        return cls(layer_cut=tuple(cut))
+        plan = cls(
+            layer_cut=tuple(cut or cut_layers(spec, num_stages)),
+            tp=settings.tensor_parallel_size,
+            cp=settings.context_parallel_size,
+            ep=settings.expert_parallel_size,
+            moe_dp=settings.moe_data_parallel_size,
+            sp=settings.sp_from is not None,
+            experts=settings.experts,
+            whole_edges=settings.link == "tensor",
+        )
+        plan.check(spec)
+        return plan
+
+    def check(self, spec: Spec) -> None:
+        """Refusal where a checkpoint's heads, columns or experts do not fall into as many parts as there are ranks."""
+        tp, heads, kv_heads = self.tp, spec.num_heads, spec.num_kv_heads
+        _divides("tp", tp, heads, "query heads", "each rank needs whole heads")
+        if kv_heads % tp and tp % kv_heads:
+            raise Refusal(
+                f"tp={tp} does not divide {kv_heads} key/value heads, nor do they divide tp",
+                why="each rank needs whole heads, or a whole copy of one",
+                fix=f"use tp={_nearest(tp, heads, lambda size: not (kv_heads % size and size % kv_heads))}",
+            )
+        if not all(spec.sparse):
+            _divides("tp", tp, spec.intermediate, "columns of the MLP", "each rank has equally many")
+        if any(spec.sparse):
+            _divides("ep", self.ep, spec.num_experts, "experts", "each rank has equally many slots")
+            _divides("moe_tp", self.moe_tp, spec.moe_intermediate, "columns of an expert", "moe_tp = tp * cp / (ep * moe_dp)")
+            if self.experts == "dispatched" and self.ep > 1 and max(tp, self.moe_tp) % min(tp, self.moe_tp):
+                raise Refusal(
+                    f"experts=dispatched with tp={tp} and moe_tp={self.moe_tp}",
+                    why="groups of one size must nest in groups of the other",
+                    fix="use experts=gathered, or another ep",
+                )
+        elif self.ep > 1 or self.moe_dp > 1:
+            raise Refusal(
+                f"ep={self.ep} and moe_dp={self.moe_dp} for a checkpoint without experts",
+                why=f"{spec.family} is dense",
+                fix="leave out ep and moe_dp",
+            )
+
+
+def _divides(axis: str, size: int, num: int, what: str, why: str) -> None:
+    if num % size:
+        raise Refusal(f"{axis}={size} does not divide {num} {what}", why=why, fix=f"use {axis}={_nearest(size, num)}")
+
+
+def _nearest(size: int, num: int, legal=lambda size: True) -> int:
+    """The divisor of num that is legal and next to size; the lesser of two."""
+    return min((each for each in range(1, num + 1) if num % each == 0 and legal(each)), key=lambda each: (abs(each - size), each))

@@ -6,32 +6,32 @@ from collections.abc import Callable
 
 import torch
 
-from trireme.parallel.layout import AXES, ROWS, Layout, Move, lay, moves
-from trireme.parallel.mesh import Mesh
-from trireme.parallel.plan import Plan
+from trireme.core.step import Regime
+from trireme.parallel.collectives import Collectives, carry_out
+from trireme.parallel.deal import Deal
+from trireme.parallel.layout import ROWS, WHOLE, Layout, lay, moves
 
-Collective = Callable[[Move, torch.Tensor], torch.Tensor]
 
-
-def home_of(plan: Plan) -> Layout:
-    """Where the residual lives. This line is sequence parallelism."""
-    return lay(tp=ROWS) if plan.sp else lay()
+def home_of(regime: Regime) -> Layout:
+    """Where the residual lives. This line is sequence parallelism, and context parallelism between blocks."""
+    return lay(tp=ROWS if regime.sp else WHOLE, cp=ROWS if regime.cp else WHOLE)
 
 
 class Route:
     """The moves from one layout to another, found and checked at build; with one rank there are none to make."""
 
-    def __init__(self, have: Layout, want: Layout, plan: Plan, collective: Collective | None):
-        mesh = Mesh(plan)
-        self.moves = moves(have, want, {axis: mesh.size(axis) for axis in AXES})
-        assert collective is not None or not self.moves, f"{have} -> {want} on {plan} needs communicators"
-        self._collective = collective
+    def __init__(self, have: Layout, want: Layout, collectives: Collectives):
+        path = moves(have, want, collectives.mesh)
+        self._path = [(move, None if move.collective == "slice" else collectives.along(move.span)) for move in path]
+        self._names = [f"{move.collective} {collectives.mesh.name_of(move.span)}" for move in path]
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        for move in self.moves:
-            assert self._collective is not None, "checked at build"
-            x = self._collective(move, x)
+    def __call__(self, x: torch.Tensor, deal: Deal) -> torch.Tensor:
+        for move, along in self._path:
+            x = carry_out(move, along, x, deal)
         return x
+
+    def __str__(self) -> str:
+        return ", ".join(self._names)
 
 
 class Seam:
@@ -45,24 +45,24 @@ class Seam:
     def __init__(
         self,
         have: Layout,
+        home: Layout,
         want: Layout,
-        plan: Plan,
+        collectives: Collectives,
         *,
         weight: torch.Tensor,  # [H]
         eps: float,
         rms_norm: Callable[..., torch.Tensor],
         add_rms_norm: Callable[..., tuple[torch.Tensor, torch.Tensor]],
-        collective: Collective | None = None,
     ):
-        self.settle = Route(have, home_of(plan), plan, collective)
-        self.spread = Route(home_of(plan), want, plan, collective)
+        self.settle = Route(have, home, collectives)
+        self.spread = Route(home, want, collectives)
         self._weight, self._eps = weight, eps
         self._rms_norm, self._add_rms_norm = rms_norm, add_rms_norm
 
-    def __call__(self, x: torch.Tensor | None, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(normed, residual) of x [T, H]; None where the residual has it already, at a stage's first seam."""
+    def __call__(self, x: torch.Tensor | None, residual: torch.Tensor, deal: Deal) -> tuple[torch.Tensor, torch.Tensor]:
+        """(normed, residual) of x [N, H]; None where the residual has it already, at a stage's first seam."""
         if x is None:
             normed = self._rms_norm(residual, self._weight, self._eps)
         else:
-            normed, residual = self._add_rms_norm(self.settle(x), residual, self._weight, self._eps)
-        return self.spread(normed), residual
+            normed, residual = self._add_rms_norm(self.settle(x, deal), residual, self._weight, self._eps)
+        return self.spread(normed, deal), residual

@@ -68,6 +68,7 @@ class Duty:
         self._leave("another was joined")  # before anything else: another stage may be waiting in a group of the old epoch
         link = form_link(
             self._settings,
+            self._runner.collectives,
             self._stage,
             join.epoch,
             join.store,

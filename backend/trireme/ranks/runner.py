@@ -19,6 +19,8 @@ from trireme.layers.block import Build
 from trireme.models.decoder import Decoder
 from trireme.models.registry import build_stage
 from trireme.models.spec import read_spec
+from trireme.parallel.context import Shared
+from trireme.parallel.deal import Deal
 from trireme.parallel.link import Link
 from trireme.parallel.plan import Plan
 from trireme.ranks.fed import FedTokens
@@ -29,7 +31,7 @@ from trireme.weights.load import fill_dummy, load
 from trireme_kernels.choose import Choices
 
 
-def load_runner(settings: Settings, stage: int, progress: Callable[[str], None]) -> Runner:
+def load_runner(settings: Settings, stage: int, rank: int, progress: Callable[[str], None]) -> Runner:
     """A rank's part of the model, ready to run. `progress` gets clauses for a user. Refusal where it cannot be loaded."""
     torch.set_num_threads(settings.threads(settings.world))
     model_dir = Path(settings.model)
@@ -38,8 +40,8 @@ def load_runner(settings: Settings, stage: int, progress: Callable[[str], None])
     device = torch.device("cpu")
     dtype = torch.float32 if settings.dtype == "auto" else getattr(torch, settings.dtype)
     choices = Choices(device.type, dtype)
-    log = logger(f"stage_{stage}")
-    decoder = build_stage(Build(spec, plan, stage, device, dtype, choices))
+    log = logger(f"stage_{stage} rank {rank}")
+    decoder = build_stage(Build(spec, plan, stage, device, dtype, choices, rank=rank))
     manifest = fill_dummy(decoder) if settings.load_format == "dummy" else load(decoder, model_dir, _in_percent(progress))
     runner = Runner(
         decoder,
@@ -86,6 +88,7 @@ class Runner:
         choices: Choices,
     ):
         self.hidden, self.dtype = hidden, dtype
+        self.collectives = decoder.build.collectives
         self._decoder, self._settings, self._stage, self._device = decoder, settings, stage, device
         self._is_first, self._is_last = stage == 0, stage == settings.num_stages - 1
         self.num_pages = settings.num_pages or self._num_pages_of_bytes()
@@ -106,8 +109,9 @@ class Runner:
         self._prompts.clear()
 
     def leave(self) -> None:
-        """Drop the link, and everything on its way over it: only then are the other ends freed."""
+        """Drop the link and the groups, and everything on its way over them: only then are the other ends freed."""
         self._link = None
+        self.collectives.leave()
         self._fed = FedTokens(self._settings.max_num_seqs, self._settings.inflight)
 
     @property
@@ -121,13 +125,14 @@ class Runner:
         """`carried`: rows that came with the call (tensor link). -> outcome, rows that go with the answer (tensor link)."""
         began, start = time.time(), time.perf_counter()
         rows = self._read(step)
+        deal = Deal(self._decoder.build.plan, self._decoder.build.rank, rows.counts, step.regime, self._device)
         ready = time.perf_counter()
-        received = self._receive(step, rows, carried)
+        received = self._receive(step, rows, deal, carried)
         receiving_s = time.perf_counter() - ready
 
         stretches = self._prompts.stretches(rows)
         head_rows = np.concatenate([rows.sampled_rows, *(stretch.rows for stretch in stretches)])
-        result = self._decoder.forward(self._batch(rows, head_rows), received)
+        result = self._decoder.forward(self._batch(rows, deal, head_rows), deal, received)
         carries, outcome = None, Outcome(step.epoch, step.number, self._stage)
         if self._is_last:
             outcome = self._finish(step, rows, stretches, result)
@@ -146,26 +151,34 @@ class Runner:
                 self._prompts.open(opened)
         return lay_out(step, self._page_table)
 
-    def _receive(self, step: Step, rows: Rows, carried: np.ndarray | None) -> torch.Tensor | None:
+    def _receive(self, step: Step, rows: Rows, deal: Deal, carried: np.ndarray | None) -> torch.Tensor | None:
         """All that comes from other stages: rows, or in stage 0 the tokens fed back."""
         if self._is_first:
             self._fed.fill(rows.tokens, np.repeat(rows.slots, rows.counts))
             if step.returns and len(rows.sampled):
                 self._fed.owe(step.number, rows.slots[rows.sampled], self._joined.expect_tokens(len(rows.sampled)))
-        return self._joined.receive(step.num_rows, carried)
+        return self._joined.receive(self._decoder.num_edge_rows(deal), carried)
 
-    def _batch(self, rows: Rows, head_rows: np.ndarray) -> Batch:
-        ends = rows.ends
-        page_table = self._page_table[rows.slots, : -(-int(ends.max()) // PAGE)]
+    def _batch(self, rows: Rows, deal: Deal, head_rows: np.ndarray) -> Batch:
+        """This rank's part of a step. A chunk of an item sees the item's keys up to the chunk's own end."""
+        mine, chunks = deal.own(), deal.chunks
+        ends = (rows.starts[chunks.items] + chunks.begins + chunks.counts).astype(np.int32)
+        page_table = self._page_table[rows.slots[chunks.items], : -(-int(ends.max(initial=0)) // PAGE)]
         return Batch(
-            num_rows=len(rows.positions),
-            tokens=self._tensor(rows.tokens),
-            positions=self._tensor(rows.positions),
-            pages=self._tensor(rows.pages),
-            attention=self._decoder.plan_attention(rows.counts, ends, page_table),
+            tokens=self._tensor(rows.tokens[mine]),
+            positions=self._tensor(rows.positions[mine]),
+            pages=self._tensor(rows.pages[mine]),
+            attention=self._decoder.plan_attention(chunks.counts.astype(np.int32), ends, page_table),
+            shared=self._shared(rows, deal),
             caches=self._caches,
             head_rows=self._tensor(head_rows),
         )
+
+    def _shared(self, rows: Rows, deal: Deal) -> Shared | None:
+        if not deal.regime.cp:
+            return None
+        every = [deal.own(rank) for rank in self.collectives.mesh.spans["cp"].members(self.collectives.rank)]
+        return Shared([len(own) for own in every], self._tensor(rows.pages[np.concatenate(every)]))
 
     def _finish(self, step: Step, rows: Rows, stretches: list[Stretch], logits: torch.Tensor) -> Outcome:
         """The last stage's part: sample, send tokens back first of all, then say what was asked of logprobs."""

@@ -58,7 +58,7 @@ def main() -> None:
         from trireme.ranks.runner import load_runner
 
         heart.tell("loading", "is loading")
-        runner = load_runner(brief.settings, brief.stage, progress=lambda sentence: heart.tell("loading", sentence))
+        runner = load_runner(brief.settings, brief.stage, brief.rank, progress=lambda sentence: heart.tell("loading", sentence))
     except Refusal as refusal:
         heart.tell("failed", str(refusal))
         signal.pause()  # until the leader has heard it and ends this rank

@@ -1,0 +1,93 @@
+"""Collectives: one rank's groups inside its stage, by span of the mesh. Built once with the model; each epoch brings its own
+communicators and takes them away again. What a communicator does is comm's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from trireme.parallel.comm import Group, LinkLost
+from trireme.parallel.deal import Deal
+from trireme.parallel.layout import Move
+from trireme.parallel.mesh import Mesh, Span
+
+
+class Along:
+    """The ranks along one span, whatever the epoch. Alone, every collective is the identity."""
+
+    def __init__(self, owner: Collectives, span: Span, rank: int):
+        self.size, self.place = span.size, span.place(rank)
+        self._owner, self._span = owner, span
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """x, summed over the ranks; x itself may be overwritten."""
+        return x if self.size == 1 else self._group.all_reduce(x)
+
+    def all_gather(self, x: torch.Tensor, counts: list[int]) -> torch.Tensor:
+        """[counts[place], ...] -> [sum of counts, ...], in the order of places."""
+        return x if self.size == 1 else self._group.all_gather(x, counts)
+
+    def reduce_scatter(self, x: torch.Tensor, counts: list[int]) -> torch.Tensor:
+        """[sum of counts, ...] -> this place's [counts[place], ...], summed in the order of places."""
+        return x if self.size == 1 else self._group.reduce_scatter(x, counts)
+
+    def all_to_all(self, x: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
+        """Runs of rows to each place, [sum of sent, ...] -> [sum of received, ...]."""
+        return x if self.size == 1 else self._group.all_to_all(x, sent, received)
+
+    @property
+    def _group(self) -> Group:
+        return self._owner.group(self._span)
+
+
+class Collectives:
+    """`along` what the model needs while it is built; `begin` an epoch with a group for each of `spans`; `leave` it."""
+
+    def __init__(self, mesh: Mesh, rank: int):
+        self.mesh, self.rank = mesh, rank  # inside the stage
+        self._needed: set[Span] = set()
+        self._groups: Mapping[Span, Group] = {}
+
+    @property
+    def spans(self) -> list[Span]:
+        """Those of more than one rank that were asked for, in one order for all ranks of the stage."""
+        return sorted(self._needed)
+
+    def along(self, span: Span | str) -> Along:
+        """The ranks along a span, or along a named axis of the mesh."""
+        span = self.mesh.spans[span] if isinstance(span, str) else span
+        if span.size > 1:
+            self._needed.add(span)
+        return Along(self, span, self.rank)
+
+    def begin(self, groups: Mapping[Span, Group]) -> None:
+        assert set(groups) == self._needed, "a group for each span"
+        self._groups = groups
+
+    def leave(self) -> None:
+        """Drop the epoch's groups, which frees ranks that wait in them."""
+        self._groups = {}
+
+    def group(self, span: Span) -> Group:
+        """Nobody else keeps it, so that `leave` drops it. LinkLost between epochs."""
+        try:
+            return self._groups[span]
+        except KeyError:
+            raise LinkLost(f"no communicator along {self.mesh.name_of(span)}: the epoch is over") from None
+
+
+def carry_out(move: Move, along: Along | None, x: torch.Tensor, deal: Deal) -> torch.Tensor:
+    """One move of a layout, with the step's rows in the order that the deal gives them. A slice needs nobody along."""
+    if along is None:
+        return _picked(x, deal.path(move).keep)
+    if move.collective == "all_reduce":
+        return along.all_reduce(x)
+    path = deal.path(move)
+    if move.collective == "all_gather":
+        return _picked(along.all_gather(x, path.counts), path.keep)
+    return along.reduce_scatter(_picked(x, path.send), path.counts)
+
+
+def _picked(x: torch.Tensor, rows: torch.Tensor | slice) -> torch.Tensor:
+    return x[rows] if isinstance(rows, slice) else x.index_select(0, rows)

@@ -1,0 +1,110 @@
+"""Deal: which rows of a step each rank of a stage has, under any cut, and how a collective's rows are put in order. Numbers
+only; nothing is sent here."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from trireme.core.step import Regime
+from trireme.parallel.layout import Cut, Move
+from trireme.parallel.mesh import Span
+from trireme.parallel.plan import Plan
+from trireme.parallel.zigzag import Chunks, rows_of, whole, zigzag
+
+
+class Path(NamedTuple):
+    """How one rank carries out a Move: rows of x to send in their order, what each member of the span brings or gets, and
+    rows to keep of what came, in their order."""
+
+    send: torch.Tensor | slice
+    counts: list[int]
+    keep: torch.Tensor | slice
+
+
+class Deal:
+    """A step's rows, seen by rank `rank` of a stage. Rows are numbered item after item; a rank has real rows only, so that
+    ranks may have different numbers of them, also none.
+
+    Where a cut reaches beyond tp, each item is cut zig-zag over cp (or, in a step without context parallelism, the step's rows
+    as one); then the rows of each shard are cut over tp, in blocks that are equal but for the last.
+    """
+
+    def __init__(self, plan: Plan, rank: int, counts: np.ndarray, regime: Regime = Regime(), device: torch.device | str = "cpu"):
+        self.regime = regime
+        self.num_rows = int(counts.sum())
+        self._plan, self._rank, self._counts, self._device = plan, rank, counts, device
+        self._rows: dict[tuple[Cut, int], np.ndarray] = {}
+        self._paths: dict[Move, Path] = {}
+
+    @cached_property
+    def chunks(self) -> Chunks:
+        """What this rank attends to: its part of each item."""
+        return self._chunks(self._rank // self._plan.tp)
+
+    def own(self, rank: int | None = None) -> np.ndarray:
+        """Rows that blocks of a rank compute where they want all that tp has: int64."""
+        context = Span(self._plan.tp, self._plan.ranks)
+        return self.rows((context,) if self.regime.cp else (), rank)
+
+    def rows(self, cut: Cut, rank: int | None = None) -> np.ndarray:
+        """Rows of a rank (this one) under a cut, in its order: int64."""
+        key = cut, self._rank if rank is None else rank
+        if key not in self._rows:
+            self._rows[key] = self._cut(*key)
+        return self._rows[key]
+
+    def path(self, move: Move) -> Path:
+        """Made once a step for each move, however many seams make it."""
+        if move not in self._paths:
+            self._paths[move] = self._find(move)
+        return self._paths[move]
+
+    def _chunks(self, place: int) -> Chunks:
+        return zigzag(self._counts, self._plan.cp, place) if self.regime.cp else whole(self._counts)
+
+    def _shard(self, place: int) -> np.ndarray:
+        """Of one rank along cp."""
+        if self.regime.cp:
+            return rows_of(self._chunks(place), self._counts)
+        size = -(-self.num_rows // self._plan.cp)
+        return np.arange(min(place * size, self.num_rows), min((place + 1) * size, self.num_rows))
+
+    def _cut(self, cut: Cut, rank: int) -> np.ndarray:
+        tp, ranks = self._plan.tp, self._plan.ranks
+        alike = [other for other in range(ranks) if all(span.place(other) == span.place(rank) for span in cut)]
+        places = sorted({other // tp for other in alike}) if any(span.high > tp for span in cut) else None
+        shards = [np.arange(self.num_rows)] if places is None else [self._shard(place) for place in places]
+        if not any(span.low < tp for span in cut):
+            return np.concatenate(shards)
+        blocks = []
+        for shard in shards:
+            size = -(-len(shard) // tp)
+            blocks += [shard[place * size : (place + 1) * size] for place in sorted({other % tp for other in alike})]
+        return np.concatenate(blocks)
+
+    def _find(self, move: Move) -> Path:
+        members = move.span.members(self._rank)
+        before, after = self.rows(move.before), self.rows(move.after)
+        if move.collective == "all_gather":
+            parts = [self.rows(move.before, member) for member in members]
+            return Path(slice(None), [len(part) for part in parts], self._pick(np.concatenate(parts), after))
+        if move.collective == "reduce_scatter":
+            parts = [self.rows(move.after, member) for member in members]
+            return Path(self._pick(before, np.concatenate(parts)), [len(part) for part in parts], slice(None))
+        return Path(slice(None), [], self._pick(before, after))
+
+    def _pick(self, have: np.ndarray, want: np.ndarray) -> torch.Tensor | slice:
+        """Places in `have` of the rows `want`; a slice where they are neighbours, which copies nothing."""
+        at = np.empty(self.num_rows, np.int64)
+        at[have] = np.arange(len(have))
+        places = at[want]
+        if not len(places):
+            return slice(0, 0)
+        if (np.diff(places) == 1).all():
+            run = slice(int(places[0]), int(places[-1]) + 1)
+            return slice(None) if run == slice(0, len(have)) else run
+        return torch.from_numpy(places).to(self._device)

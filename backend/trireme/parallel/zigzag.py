@@ -1,0 +1,45 @@
+"""Zig-zag: how context parallelism cuts each prompt's rows, so that causal attention is equal work for every rank. Pure arithmetic."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Chunks(NamedTuple):
+    """Runs of rows of a step's items, in the order in which a rank has them."""
+
+    items: np.ndarray  # int64 [C]: the item that a chunk is of
+    begins: np.ndarray  # int64 [C]: its first row, counted from the item's first
+    counts: np.ndarray  # int64 [C], above zero
+
+
+def zigzag(counts: np.ndarray, num_ranks: int, rank: int) -> Chunks:
+    """The chunks of one rank. Each item is cut into 2 n parts as equal as can be; rank r has parts r and 2n - 1 - r, an early one
+    and a late one, so that what its queries see adds up to the same for every r (Megatron, Llama 3; facts/seeds.md 3).
+
+        8 rows, 2 ranks    rank 0: 0 1 . . . . 6 7
+                           rank 1: . . 2 3 4 5 . .
+    """
+    counts = counts.astype(np.int64)
+    parts = np.array([rank, 2 * num_ranks - 1 - rank])
+    begins = counts[:, None] * parts // (2 * num_ranks)
+    ends = counts[:, None] * (parts + 1) // (2 * num_ranks)
+    items = np.repeat(np.arange(len(counts)), 2)
+    begins, ends = begins.ravel(), ends.ravel()
+    real = ends > begins
+    return Chunks(items[real], begins[real], (ends - begins)[real])
+
+
+def whole(counts: np.ndarray) -> Chunks:
+    """Every item in one chunk."""
+    return Chunks(np.arange(len(counts)), np.zeros(len(counts), np.int64), counts.astype(np.int64))
+
+
+def rows_of(chunks: Chunks, counts: np.ndarray) -> np.ndarray:
+    """Rows of the step, item after item, that the chunks are: int64 [sum of their counts]."""
+    firsts = np.cumsum(counts, dtype=np.int64) - counts
+    begins = firsts[chunks.items] + chunks.begins
+    ahead = np.cumsum(chunks.counts) - chunks.counts
+    return np.arange(int(chunks.counts.sum())) + np.repeat(begins - ahead, chunks.counts)
