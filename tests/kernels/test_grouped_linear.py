@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trireme_kernels.case import Case
-from trireme_kernels.choose import Choices, build
+from trireme_kernels.choose import Choices, build, misfit
 
 
 def draw(counts, spare, num_in, num_out, seed=0):
@@ -69,6 +71,15 @@ def test_one_plan_serves_weights_of_any_shape():
     plan = op.plan(counts, len(x))
     found = op.run(op.run(x, up, plan), down, plan)
     torch.testing.assert_close(found, run(op, hidden, down, counts), atol=2e-5, rtol=2e-5)
+
+
+def test_small_shared_memory_is_a_reason(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(shared_memory_per_block_optin=101376))
+    reason = misfit("grouped_linear", "tl", Case("cuda", torch.bfloat16))
+    assert reason == "a block of this GPU has 101376 bytes of shared memory, tiles need 147456"
 
 
 @pytest.mark.gpu
