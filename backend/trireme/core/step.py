@@ -37,6 +37,9 @@ class Regime(NamedTuple):
     sp: bool = False  # the residual is cut by rows over tp
     cp: bool = False  # prompt rows are cut zig-zag over cp; else every cp rank computes all rows
 
+    def __str__(self) -> str:
+        return " ".join(name for name, on in zip(self._fields, self, strict=True) if on) or "plain"
+
 
 class Open(msgspec.Struct, frozen=True, array_like=True):
     """A sequence takes a slot: its sampler row starts anew. `history` is its token log so far (prompt, then output)

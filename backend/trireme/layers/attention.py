@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from trireme.core.batch import Batch
+from trireme.core.step import Regime
 from trireme.layers.block import Block, Build, PerToken
 from trireme.layers.linear import Linear
 from trireme.layers.param import Param, by_heads, by_rows
@@ -36,6 +37,9 @@ class Attention(Block):
         self.share = Context(build.collectives.along("cp"))
         self._split, self._dim, self._eps = [num_heads, num_kv_heads, num_kv_heads], dim, spec.eps
         self._cos_sin = build.cos_sin
+
+    def within(self, regime: Regime) -> tuple[str, ...]:
+        return ("all_gather cp",) if regime.cp else ()
 
     def forward(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
         num_rows = x.shape[0]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from trireme.core.batch import Batch
-from trireme.core.step import PAGE
+from trireme.core.step import PAGE, Regime
 from trireme.layers.param import Param
 from trireme.layers.rope import cos_sin
 from trireme.models.spec import Spec
@@ -95,6 +95,10 @@ class Block(nn.Module):
     def __init__(self, name: str):
         super().__init__()
         self.name = name  # "layers.3.attn": the name tables' right side begins with it
+
+    def within(self, regime: Regime) -> tuple[str, ...]:
+        """Collectives that it has made between its seams, by objects that it was given."""
+        return ()
 
     def forward(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
         raise NotImplementedError

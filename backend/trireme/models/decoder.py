@@ -104,8 +104,8 @@ class Decoder(nn.Module):
         return len(deal.rows(self._walks[deal.regime].edge))
 
     def schedule(self) -> list[str]:
-        """Every collective of a step, a line each, for each regime: what another run of the same plan must do, too."""
-        return [line for regime, walk in self._walks.items() for line in (f"{regime}", *walk.lines())]
+        """Every collective of a step in each regime, a line for each block that needs any."""
+        return [line for regime, walk in self._walks.items() for line in (str(regime), *walk.lines())]
 
     @property
     def block_names(self) -> tuple[str, ...]:
@@ -135,6 +135,7 @@ class _Walk:
     """
 
     def __init__(self, build: Build, regime: Regime, embed: Embed | None, blocks: list[Block]):
+        self.regime = regime
         home, collectives = home_of(regime), build.collectives
         edge = lay(cp=WHOLE) if build.plan.whole_edges else home
         have = [home, *(block.gives.at(home) for block in blocks)]
@@ -145,18 +146,18 @@ class _Walk:
         self.leave = Route(home, edge, collectives)
 
     def lines(self) -> Iterator[str]:
-        for part, route in self._routes():
-            if str(route):
-                yield f"  {part:<18}{route}"
-
-    def _routes(self) -> Iterator[tuple[str, Route]]:
-        yield "enter", self.enter
+        """Collectives in the order in which a step makes them: before each block, and inside it."""
+        yield from _line("enter", self.enter)
         for seam, block in self.blocks:
-            yield f"before {block.name}", seam.settle
-            yield f"to {block.name}", seam.spread
+            yield from _line(block.name, seam.settle, seam.spread, *block.within(self.regime))
         if self.settle is not None:
-            yield "leave", self.settle
-            yield "leave", self.leave
+            yield from _line("leave", self.settle, self.leave)
+
+
+def _line(part: str, *collectives: Route | str) -> Iterator[str]:
+    said = ", ".join(filter(None, map(str, collectives)))
+    if said:
+        yield f"  {part:<16}{said}"
 
 
 def _seam(build: Build, have: Layout, home: Layout, block: Block) -> Seam:
