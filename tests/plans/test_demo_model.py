@@ -67,13 +67,13 @@ def text() -> Text:
     return text
 
 
-def test_two_stages_give_the_demo_models_own_tokens(text):
+def test_two_stages_give_the_demo_models_own_tokens(pool, text):
     chats = [text.encode(text.render([{"role": "user", "content": question}]), add_special_tokens=False) for question in QUESTIONS]
     prompts = chats + [text.encode(beginning) for beginning in BEGINNINGS]
     greedy = Sampling(max_tokens=NUM_TOKENS, temperature=0.0)
     requests = [Request(id=str(i), prompt=prompt, sampling=greedy) for i, prompt in enumerate(prompts)]
     settings = make_settings({"model": str(MODEL), "pipeline_parallel_size": 2, "max_model_len": 512, "threads_per_rank": 1})
-    with offline.running(settings) as engine:
+    with offline.running(settings, pool) as engine:
         answers = tokens_of(engine, requests)
     assert text.decode(answers[0]).startswith("The capital of France is Paris")
 

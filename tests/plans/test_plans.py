@@ -67,10 +67,10 @@ def settings(folder: Path, plan: str) -> Settings:
 
 
 @pytest.mark.parametrize(("family", "plan"), DEALT)
-def test_a_plan_changes_nothing(checkpoints, expected, family, plan):
+def test_a_plan_changes_nothing(pool, checkpoints, expected, family, plan):
     greedy = Sampling(max_tokens=NUM_TOKENS, temperature=0.0)
     requests = [Request(id=str(i), prompt=prompt, sampling=greedy) for i, prompt in enumerate(PROMPTS)]
-    with offline.running(settings(checkpoints[family], plan)) as engine:
+    with offline.running(settings(checkpoints[family], plan), pool) as engine:
         assert tokens_of(engine, requests) == expected[family]
         again = [Request(id=f"{request.id} again", prompt=request.prompt, sampling=greedy) for request in requests[-4:]]
         assert tokens_of(engine, again) == expected[family][-4:]  # now with pages to reuse, where the plan allows it
@@ -78,7 +78,7 @@ def test_a_plan_changes_nothing(checkpoints, expected, family, plan):
             assert engine.stats.preemptions > 0, "the pool is meant to be too small"
 
 
-def test_seeds_and_prompt_logprobs_are_the_same_under_any_plan(checkpoints):
+def test_seeds_and_prompt_logprobs_are_the_same_under_any_plan(pool, checkpoints):
     """A seed gives the same tokens whatever the plan and the batch; prompt logprobs are transformers', in any chunks."""
     asked = [prompt for prompt in PROMPTS if len(prompt) > 1]
     drawn = []
@@ -87,7 +87,7 @@ def test_seeds_and_prompt_logprobs_are_the_same_under_any_plan(checkpoints):
             Request(id=str(i), prompt=prompt, sampling=Sampling(max_tokens=8, temperature=0.9, top_p=0.95, seed=i, prompt_logprobs=2))
             for i, prompt in enumerate(asked)
         ]
-        with offline.running(settings(checkpoints["llama"], plan)) as engine:
+        with offline.running(settings(checkpoints["llama"], plan), pool) as engine:
             answers = emissions_of(engine, requests)
         drawn.append([[token for emission in answer for token in emission.tokens] for answer in answers])
         for prompt, answer in zip(asked, answers, strict=True):

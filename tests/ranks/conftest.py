@@ -1,10 +1,11 @@
-"""Leaders with fake ranks, and a check that they leave nothing behind."""
+"""Leaders with fake ranks, alone or of a pool, and a check that they leave nothing behind."""
 
 import os
 import queue
 import shutil
 import tempfile
 import time
+from contextlib import closing
 from pathlib import Path
 
 import psutil
@@ -13,8 +14,9 @@ import pytest
 from trireme.core.control import Join, Joined, Parcel, Status, open_answer, pack_ask, seal_step
 from trireme.core.settings import make_settings
 from trireme.core.step import Step, first_checksum, ints, pack_step
-from trireme.ranks.launch import LocalLauncher
+from trireme.ranks.launch import Launcher, LocalLauncher
 from trireme.ranks.leader import Leader
+from trireme.ranks.pool import RankPool
 
 
 @pytest.fixture
@@ -70,13 +72,26 @@ class Front:
 
 
 @pytest.fixture
-def lead(run_dir, monkeypatch):
-    """lead(**settings) -> a Front at a started leader of fake ranks."""
+def fake_ranks(monkeypatch):
+    """The module of a fake rank, which processes of this test can import; none of them is left at the end."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=os.pathsep)
+    yield "ranks.fake_rank"
+    assert not [child for child in psutil.Process().children() if "fake_rank" in " ".join(child.cmdline())]
+
+
+@pytest.fixture
+def pool(fake_ranks):
+    with closing(RankPool(fake_ranks)) as pool:
+        yield pool
+
+
+@pytest.fixture
+def lead(fake_ranks, pool, run_dir):  # its leaders are stopped before the pool is closed
+    """lead(**settings) -> a Front at a started leader of fake ranks."""
     fronts: list[Front] = []
 
-    def start(model: str = "echo", **settings) -> Front:
-        leader = Leader(make_settings({"model": model, **settings}), 0, run_dir, LocalLauncher("ranks.fake_rank"))
+    def start(model: str = "echo", stage: int = 0, launcher: Launcher | None = None, **settings) -> Front:
+        leader = Leader(make_settings({"model": model, **settings}), stage, run_dir, launcher or LocalLauncher(fake_ranks))
         leader.start()
         fronts.append(Front(leader))
         return fronts[-1]
@@ -84,4 +99,3 @@ def lead(run_dir, monkeypatch):
     yield start
     for front in fronts:
         front.leader.stop()
-    assert not [child for child in psutil.Process().children() if "fake_rank" in " ".join(child.cmdline())]

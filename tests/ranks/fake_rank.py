@@ -3,37 +3,25 @@
 import os
 import signal
 import sys
-import threading
 import time
-from pathlib import Path
-
-import msgspec
 
 from trireme.core.control import Fault, Found, Founded, Join, Joined, Parcel, open_message, pack_answer
 from trireme.core.step import Outcome, array, peek_step
-from trireme.ranks.channel import BREAK, Beat, RankChannel
+from trireme.ranks.channel import BREAK, RankChannel
 from trireme.ranks.launch import Brief
-from trireme.ranks.worker import tie_to
+from trireme.ranks.worker import Heart, main
 
 FAIL, EXIT, HANG, FREEZE, CARRY = 90001, 90002, 90003, 90004, 90005
 
 
-def main() -> None:
-    brief = msgspec.json.decode(sys.argv[1], type=Brief)
-    tie_to(brief.leader)
+def serve(brief: Brief, channel: RankChannel, heart: Heart) -> None:
     if brief.settings.model == "crash":
         sys.exit(7)
-    channel = RankChannel(Path(brief.run_dir), brief.stage, brief.rank, brief.life)
     if brief.settings.model == "refuse":
-        channel.beat(Beat("failed", "weights of layer 3 are missing"))
-        signal.pause()
-
-    def beat() -> None:
+        heart.tell("failed", "weights of layer 3 are missing")
         while True:
-            channel.beat(Beat("ready", num_pages=11))
-            time.sleep(0.1)
-
-    threading.Thread(target=beat, daemon=True).start()
+            channel.receive()
+    heart.tell("ready", num_pages=11)
     broken = 0
     while True:
         ticket, parcel = channel.receive()
@@ -63,4 +51,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(serve)

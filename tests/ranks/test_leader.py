@@ -105,7 +105,7 @@ def test_a_rank_that_could_not_keeps_its_life_but_ends_the_epoch(lead):
 
 @pytest.mark.parametrize("deed", [fake_rank.EXIT, fake_rank.HANG, fake_rank.FREEZE], ids=["exit", "hang", "freeze"])
 def test_a_dead_late_or_mute_rank_is_started_again(lead, monkeypatch, deed):
-    monkeypatch.setattr(rank, "MUTE_S", 1.0)
+    monkeypatch.setattr(rank, "MUTE_S", 2.0)
     front = lead(step_timeout_s=0.5 if deed == fake_rank.HANG else 60.0, async_depth=2)
     front.await_state("ready")
     front.join()
@@ -165,9 +165,9 @@ ORPHAN = """
 import sys, time
 from pathlib import Path
 from trireme.core.settings import make_settings
-from trireme.ranks.launch import LocalLauncher
+from trireme.ranks import launch, pool
 from trireme.ranks.leader import Leader
-leader = Leader(make_settings({"model": "echo"}), 0, Path(sys.argv[1]), LocalLauncher("ranks.fake_rank"))
+leader = Leader(make_settings({{"model": "echo"}}), 0, Path(sys.argv[1]), {launcher}("ranks.fake_rank"))
 leader.start()
 while leader.state().state != "ready":
     time.sleep(0.02)
@@ -176,11 +176,11 @@ time.sleep(100)
 """
 
 
-def test_a_killed_leader_leaves_neither_rank_nor_socket(run_dir, lead):
-    roots = os.pathsep.join([*sys.path, os.environ["PYTHONPATH"]])
-    with subprocess.Popen(
-        [sys.executable, "-c", ORPHAN, str(run_dir)], stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": roots}
-    ) as parent:
+@pytest.mark.parametrize("launcher", ["launch.LocalLauncher", "pool.RankPool"])
+def test_a_killed_leader_leaves_neither_rank_nor_socket(run_dir, fake_ranks, launcher):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, os.environ["PYTHONPATH"]])}
+    command = [sys.executable, "-c", ORPHAN.format(launcher=launcher), str(run_dir)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as parent:
         pid = int(parent.stdout.readline())
         parent.send_signal(signal.SIGKILL)
     deadline = time.monotonic() + 5

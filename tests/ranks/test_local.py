@@ -147,7 +147,7 @@ def shared_memory() -> set[str]:
 @pytest.fixture
 def led(truth):
     """led(**settings) -> (Hand, process ids) at real ranks; checks that nothing is left."""
-    shared = shared_memory()
+    shared, before = shared_memory(), psutil.Process().children()  # a pool of other tests may be there
     started: list[tuple[LocalStages, Path]] = []
 
     def lead(**values):
@@ -163,7 +163,7 @@ def led(truth):
     for stages, run_dir in started:
         stages.stop()
         assert not run_dir.exists()
-    assert not [child for child in psutil.Process().children() if "trireme.ranks" in " ".join(child.cmdline())]
+    assert not [child for child in psutil.Process().children() if child not in before]
     assert shared_memory() <= shared
 
 

@@ -16,6 +16,7 @@ from trireme.core.request import Emission, Request, Sampling
 from trireme.core.settings import Settings
 from trireme.engine.engine import Engine
 from trireme.models.spec import read_spec
+from trireme.ranks.launch import Launcher
 from trireme.ranks.local import LocalStages
 from trireme.serve.place import run_folder
 from trireme_tools.load import Record
@@ -23,11 +24,11 @@ from trireme_tools.workload import Ask
 
 
 @contextlib.contextmanager
-def running(settings: Settings) -> Iterator[Engine]:
-    """An engine whose stages are ready. Refusal where they do not get ready. Nothing is left at the end."""
+def running(settings: Settings, launcher: Launcher | None = None) -> Iterator[Engine]:
+    """An engine whose stages are ready. Refusal where they do not get ready. Nothing is left at the end but what `launcher` keeps."""
     os.environ.setdefault("TRIREME_LOG", "WARNING")  # of this process and the ranks: the verbs say themselves what there is to say
     max_model_len = settings.max_model_len or read_spec(Path(settings.model)).max_position_embeddings
-    stages = LocalStages(settings, run_folder(os.getpid()))
+    stages = LocalStages(settings, run_folder(os.getpid()), launcher)
     engine = Engine(settings, max_model_len=max_model_len, stages=stages)
     stages.start()
     engine.start()

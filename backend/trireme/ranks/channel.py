@@ -125,26 +125,39 @@ class AnswerSocket:
         self._socket.close()
 
 
-class RankChannel:
-    """A rank's end. Orders are for one thread; `answer` and `beat` may come from several."""
+class Left(Exception):
+    """This life of the rank is over: no orders will come."""
 
-    def __init__(self, run_dir: Path, stage: int, rank: int, life: int):
+
+class RankChannel:
+    """A rank's end. Orders are for one thread; `answer` and `beat` may come from several.
+
+    `leave`: a file descriptor that becomes readable when the rank is to leave; without one it never is.
+    """
+
+    def __init__(self, run_dir: Path, stage: int, rank: int, life: int, leave: int | None = None):
         orders, answers = socket_paths(run_dir, stage, rank, life)
-        self._rank, self._life = rank, life
-        context = zmq.Context()
-        self._orders, self._answers = _socket(context, zmq.PULL), _socket(context, zmq.PUSH)
+        self._rank, self._life, self._leave = rank, life, leave
+        self._context = zmq.Context()
+        self._orders, self._answers = _socket(self._context, zmq.PULL), _socket(self._context, zmq.PUSH)
         self._orders.connect(f"ipc://{orders}")
         self._answers.connect(f"ipc://{answers}")
         self._lock = threading.Lock()
+        self._news = zmq.Poller()
+        self._news.register(self._orders, zmq.POLLIN)
+        if leave is not None:
+            self._news.register(leave, zmq.POLLIN)
 
     def receive(self) -> Order:
-        """The next order, however long it takes: a rank whose leader is gone is ended by the kernel."""
+        """The next order, however long it takes: a rank whose leader is gone is ended by the kernel. Left when it is to leave."""
+        if self._leave in dict(self._news.poll()):
+            raise Left
         head, packed, *rows = self._orders.recv_multipart()
         return Order(_ORDER.unpack(head)[0], _parcel(packed, rows))
 
     def waiting(self) -> bool:
-        """Whether an order is there."""
-        return bool(self._orders.poll(0))
+        """Whether `receive` would return, or raise, at once."""
+        return bool(self._news.poll(0))
 
     def answer(self, ticket: int, parcel: Parcel, *, fault: bool) -> None:
         with self._lock:
@@ -153,6 +166,12 @@ class RankChannel:
     def beat(self, beat: Beat) -> None:
         with self._lock:
             self._answers.send_multipart([_ANSWER.pack(self._rank, self._life, _BEAT, False), msgspec.msgpack.encode(beat)])
+
+    def close(self) -> None:
+        """Once no other thread uses it."""
+        self._orders.close()
+        self._answers.close()
+        self._context.term()
 
 
 def _socket(context: zmq.Context, kind: int) -> zmq.Socket:

@@ -1,4 +1,4 @@
-"""Launch: how a leader starts its ranks. Local processes here; other launchers (actors on other hosts) have the same two classes."""
+"""Launch: how a leader starts its ranks. Local processes here, in a pool in pool.py; actors on other hosts have the same two classes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trireme.core.settings import Settings
 
 
 class Brief(msgspec.Struct, frozen=True, kw_only=True):
-    """All that a rank is told when it starts: one JSON argument of its command line."""
+    """All that a rank is told when it starts: one JSON argument of its command line, or a message of its pool."""
 
     stage: int
     rank: int
@@ -35,7 +35,7 @@ class RankProcess(Protocol):
         ...
 
     def kill(self) -> None:
-        """End it at once and wait until it is gone."""
+        """End it at once and wait until it is gone. It is not used afterwards."""
         ...
 
 
@@ -56,32 +56,32 @@ class LocalLauncher:
         self._module = module
 
     def launch(self, brief: Brief) -> RankProcess:
+        threads = brief.settings.threads(brief.settings.world)
+        return LocalProcess(self._module, msgspec.json.encode(brief).decode(), threads=threads)
+
+
+class LocalProcess:
+    """`python -m MODULE ARGUMENTS` with `threads` CPU threads, a RankProcess. `stdin`: a file descriptor."""
+
+    def __init__(self, module: str, *arguments: str, threads: int, stdin: int = subprocess.DEVNULL):
         python = os.environ.get("TRIREME_PYTHON") or sys.executable
         if not python:
             raise Refusal("no Python to run ranks with", why="this process embeds its interpreter", fix="set TRIREME_PYTHON")
-        threads = str(brief.settings.threads(brief.settings.world))
         # OpenMP threads that spin while a server shares their cores stall a step tenfold (measured); asleep, they are steady
-        environment = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        environment = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         if roots := _import_roots():
             environment["PYTHONPATH"] = os.pathsep.join([*roots, *filter(None, [os.environ.get("PYTHONPATH")])])
-        command = [python, "-m", self._module, msgspec.json.encode(brief).decode()]
         try:
-            process = subprocess.Popen(
-                command,
+            self._process = subprocess.Popen(
+                [python, "-m", module, *arguments],
                 env=environment,
-                stdin=subprocess.DEVNULL,
+                stdin=stdin,
                 stdout=2,  # the server's log is its stderr
                 start_new_session=True,  # Ctrl-C in a terminal is for the leader, which then ends its ranks
             )
         except OSError as error:
             raise Refusal(f"{python} does not start", why=str(error), fix="set TRIREME_PYTHON to a Python that has torch") from None
-        return _LocalProcess(process)
-
-
-class _LocalProcess:
-    def __init__(self, process: subprocess.Popen):
-        self._process = process
-        self.pid = process.pid
+        self.pid = self._process.pid
 
     def exit_code(self) -> int | None:
         return self._process.poll()

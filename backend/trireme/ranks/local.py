@@ -11,6 +11,7 @@ from pathlib import Path
 from trireme.core.control import Parcel
 from trireme.core.log import logger
 from trireme.core.settings import Settings
+from trireme.ranks.launch import Launcher
 from trireme.ranks.leader import Leader
 
 _TICK_S = 0.05  # how late a TimeoutError may be
@@ -19,10 +20,10 @@ _TICK_S = 0.05  # how late a TimeoutError may be
 class LocalStages:
     """Leaders in this process. `run_dir`: a private folder for their sockets; it is made, and removed by `stop` if empty."""
 
-    def __init__(self, settings: Settings, run_dir: Path):
+    def __init__(self, settings: Settings, run_dir: Path, launcher: Launcher | None = None):
         self.num_stages = settings.num_stages
         self._run_dir = run_dir
-        self._leaders = [Leader(settings, stage, run_dir) for stage in range(settings.num_stages)]
+        self._leaders = [Leader(settings, stage, run_dir, launcher) for stage in range(settings.num_stages)]
         self._waiting: dict[int, tuple[float, Callable[[Parcel | Exception], None]]] = {}  # deadline, done; by ticket
         self._tickets = itertools.count()
         self._stop = threading.Event()

@@ -1,22 +1,28 @@
-"""Worker: `python -m trireme.ranks.worker BRIEF`, the process of one rank: tied to its leader, beating, then on duty.
+"""Worker: the process of one rank, tied to its leader, beating, then on duty. torch is imported only after the first two.
 
-torch is imported only after the first two.
+`python -m trireme.ranks.worker BRIEF` lives once. `python -m trireme.ranks.worker --pool LEADER` lives as one rank after another:
+importing torch costs more than a small model does. Its stdin is a connection to the pool:
+
+    pool --brief--> worker   pool --leave--> worker   worker --left--> pool   pool --brief--> worker   ...
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import gc
 import os
 import signal
 import sys
 import threading
-import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import msgspec
 
 from trireme.core.refusal import Refusal
-from trireme.ranks.channel import Beat, RankChannel
+from trireme.ranks.channel import Beat, Left, RankChannel
 from trireme.ranks.launch import Brief
 
 _BEAT_S = 0.5
@@ -28,17 +34,26 @@ class Heart:
 
     def __init__(self, channel: RankChannel):
         self._channel, self._beat = channel, Beat("starting")
-        threading.Thread(target=self._run, name="heart", daemon=True).start()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="heart", daemon=True)
+        self._thread.start()
 
     def tell(self, state: str, detail: str = "", num_pages: int = 0) -> None:
         """Beat this from now on; the first time at once."""
         self._beat = Beat(state, detail, num_pages)
         self._channel.beat(self._beat)
 
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
     def _run(self) -> None:
-        while True:
+        self._channel.beat(self._beat)
+        while not self._stop.wait(_BEAT_S):
             self._channel.beat(self._beat)
-            time.sleep(_BEAT_S)
+
+
+Serve = Callable[[Brief, RankChannel, Heart], None]  # what a rank does in one life, until Left
 
 
 def tie_to(leader: int) -> None:
@@ -48,24 +63,55 @@ def tie_to(leader: int) -> None:
         sys.exit("the leader is gone")
 
 
-def main() -> None:
-    brief = msgspec.json.decode(sys.argv[1], type=Brief)
-    tie_to(brief.leader)
-    channel = RankChannel(Path(brief.run_dir), brief.stage, brief.rank, brief.life)
-    heart = Heart(channel)
-    try:
-        from trireme.ranks.duty import Duty  # seconds: torch
-        from trireme.ranks.runner import load_runner
+def serve(brief: Brief, channel: RankChannel, heart: Heart) -> None:
+    """Load, then do the duty."""
+    from trireme.ranks.duty import Duty  # seconds: torch
+    from trireme.ranks.runner import load_runner
 
-        heart.tell("loading", "is loading")
+    heart.tell("loading", "is loading")
+    try:
         runner = load_runner(brief.settings, brief.stage, brief.rank, progress=lambda sentence: heart.tell("loading", sentence))
     except Refusal as refusal:
         heart.tell("failed", str(refusal))
-        signal.pause()  # until the leader has heard it and ends this rank
-        return
+        while True:
+            channel.receive()  # until the leader has heard it and ends this rank
     heart.tell("ready", num_pages=runner.num_pages)
     Duty(brief, channel, runner).do()
 
 
+def main(serve: Serve) -> None:
+    if sys.argv[1] == "--pool":
+        tie_to(int(sys.argv[2]))
+        _live_on(serve, Connection(sys.stdin.fileno()))
+    else:
+        brief = msgspec.json.decode(sys.argv[1], type=Brief)
+        tie_to(brief.leader)
+        _live(serve, brief)
+
+
+def _live_on(serve: Serve, pool: Connection) -> None:
+    """Life after life, until the pool is closed. A life that ends in an exception ends the process, as it would without a pool."""
+    with contextlib.suppress(EOFError):
+        while True:
+            _live(serve, msgspec.json.decode(pool.recv_bytes(), type=Brief), leave=pool.fileno())
+            gc.collect()  # groups and caches in cycles
+            gc.freeze()  # what is left is torch's and ours for ever; looking at it again would take 0.1 s each time
+            pool.recv_bytes()
+            pool.send_bytes(b"left")
+
+
+def _live(serve: Serve, brief: Brief, leave: int | None = None) -> None:
+    """One life; nothing of it stays."""
+    channel = RankChannel(Path(brief.run_dir), brief.stage, brief.rank, brief.life, leave)
+    heart = Heart(channel)
+    try:
+        serve(brief, channel, heart)
+    except Left:
+        pass
+    finally:
+        heart.stop()
+        channel.close()
+
+
 if __name__ == "__main__":
-    main()
+    main(serve)
