@@ -18,7 +18,7 @@ def sample(logits, seeds, positions, **settings):
     rows = len(logits)
     types = {"temperature": torch.float32, "top_k": torch.int64, "top_p": torch.float32, "min_p": torch.float32}
     columns = [torch.as_tensor({**PLAIN, **settings}[name], dtype=kind).expand(rows) for name, kind in types.items()]
-    return Choices("cpu", torch.float32)("sample")(logits, *columns, seeds, positions)
+    return Choices("cpu", torch.float32)("sample")(logits, *columns, seeds, positions)[0]
 
 
 def warped(logits, temperature, top_k, top_p, min_p):
@@ -138,6 +138,23 @@ def test_filters_that_drop_nothing_draw_as_none():
     plain = sample(logits, seeds, positions)
     assert torch.equal(plain, sample(logits, seeds, positions, top_k=700))
     assert torch.equal(plain, sample(logits, seeds, positions, min_p=1e-30))
+
+
+def test_draws_from_columns_are_those_from_all():
+    """Without filters the best draw of several parts is the draw from all; with top_k the highest columns are enough."""
+    logits = torch.randn(50, 700, generator=torch.Generator().manual_seed(6)).mul_(8).round_().div_(4)
+    seeds, positions, ones = torch.arange(50), torch.arange(50) * 7, torch.ones(50)
+    op, zeros = Choices("cpu", torch.float32)("sample"), torch.zeros(50)
+    for temperature in (zeros, ones * 0.8):
+        free = temperature, zeros.long(), ones, zeros, seeds, positions
+        tokens, scores = op(logits, *free)
+        parts = [op(logits[:, part], *free, part[None]) for part in torch.arange(700).split(250)]
+        best = torch.stack([score for _, score in parts]).max(dim=0)
+        assert torch.equal(best.values, scores)
+        assert torch.equal(torch.stack([token for token, _ in parts]).gather(0, best.indices[None])[0], tokens)
+    few = ones * 0.8, torch.full((50,), 40), ones * 0.7, zeros, seeds, positions
+    columns = (logits >= logits.topk(40).values[:, -1:]).float().topk(100).indices.sort().values
+    assert torch.equal(op(logits.gather(1, columns), *few, columns)[0], op(logits, *few)[0])
 
 
 def test_narrow_settings_are_greedy_and_bans_hold():

@@ -10,11 +10,11 @@ from trireme.core.batch import Batch
 from trireme.layers.block import Block, Build
 from trireme.layers.linear import Linear
 from trireme.layers.param import Param, vocabulary
-from trireme.parallel.layout import SUM, lay
+from trireme.parallel.layout import SUM, WHOLE, lay
 
 
 class Embed(nn.Module):
-    """tokens [T] -> rows [T, H]; no norm and no residual stand before it, so it is not a Block."""
+    """tokens [N] -> rows [N, H]; no norm and no residual stand before it, so it is not a Block."""
 
     gives = lay(tp=SUM)  # a rank knows only its part of the vocabulary
 
@@ -22,14 +22,26 @@ class Embed(nn.Module):
         super().__init__()
         spec = build.spec
         self.name = "embed"
-        self.weight = Param(build, (spec.vocab_size, spec.hidden), vocabulary("tp", spec.vocab_size))
+        cut = vocabulary("tp", spec.vocab_size)
+        self.weight = Param(build, (spec.vocab_size, spec.hidden), cut)
+        self._own = cut.parts[0].share(*build.place("tp"))  # tokens
+        self._has_all = len(self._own) == spec.vocab_size
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        return F.embedding(batch.tokens, self.weight)
+        if self._has_all:
+            return F.embedding(batch.tokens, self.weight)
+        if not len(self._own):  # the vocabulary is dealt out before this rank's turn
+            return self.weight.new_zeros((len(batch.tokens), self.weight.shape[1]))
+        mine = (batch.tokens >= self._own.start) & (batch.tokens < self._own.stop)
+        rows = F.embedding((batch.tokens - self._own.start).clamp(0, len(self._own) - 1), self.weight)
+        return rows.masked_fill_(~mine[:, None], 0)
 
 
 class Head(Block):
-    """Rows [T, H] -> float32 logits [R, V] of `batch.head_rows`. `tied` is the embedding where this stage has it too."""
+    """Rows [T, H] -> float32 logits of `batch.head_rows`, a rank's columns of them: [R, its part of V], to be asked through
+    parallel/vocabulary. `tied` is the embedding where this stage has it too."""
+
+    takes = lay(tp=WHOLE, cp=WHOLE)  # head_rows are numbers of the step's rows
 
     def __init__(self, build: Build, tied: Param | None):
         super().__init__("head")

@@ -30,8 +30,9 @@ class Linear(nn.Module):
         self._packed: torch.Tensor | None = None
 
     def prepare(self) -> None:
-        """Once the weight is loaded. A packed weight stands in for the plain one, which is let go."""
-        if self.weight.device.type == "cpu" and self.weight.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        """Once the weight is loaded. A packed weight stands in for the plain one, which is let go. oneDNN has no empty ones."""
+        fits = self.weight.device.type == "cpu" and self.weight.dtype == torch.float32 and self.weight.numel()
+        if fits and torch.backends.mkldnn.is_available():
             self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.data, None)
             del self.weight
 

@@ -9,28 +9,29 @@ import torch
 
 from trireme.core.request import Logprobs
 from trireme.core.step import Open, PromptLogprobs, array
+from trireme.parallel.vocabulary import CutLogits
 from trireme.ranks.rows import Rows
 
-_CHUNK = 64  # rows at once: bounds the copy of a log-softmax to chunk * vocabulary * 4 bytes
+_CHUNK = 64  # rows at once: bounds what is computed on the way to chunk * vocabulary * 4 bytes
 
 
-def describe(logits: torch.Tensor, tokens: torch.Tensor, num_top: np.ndarray) -> list[Logprobs]:
-    """`logits`: fp32 [n, V]; `tokens`: int64 [n]; `num_top`: int [n], alternatives to list in each row."""
+def describe(logits: CutLogits, tokens: torch.Tensor, num_top: np.ndarray) -> list[Logprobs]:
+    """`logits`: of n rows; `tokens`: int64 [n]; `num_top`: int [n], alternatives to list in each row."""
     described: list[Logprobs] = []
     for start in range(0, len(tokens), _CHUNK):
         rows = slice(start, start + _CHUNK)
-        described += _describe(logits[rows].log_softmax(-1), tokens[rows], num_top[rows])
+        described += _describe(logits.select(rows), tokens[rows].to(logits.local.device), num_top[rows])
     return described
 
 
-def _describe(values: torch.Tensor, tokens: torch.Tensor, num_top: np.ndarray) -> list[Logprobs]:
-    chosen = values.gather(1, tokens[:, None])  # [n, 1]
-    ranks = (values > chosen).sum(-1) + 1
-    top = values.topk(int(num_top.max()), dim=-1)
-    columns = (tokens.tolist(), chosen[:, 0].tolist(), ranks.tolist(), top.indices.tolist(), top.values.tolist(), num_top.tolist())
+def _describe(logits: CutLogits, tokens: torch.Tensor, num_top: np.ndarray) -> list[Logprobs]:
+    chosen, mass = logits.at(tokens), logits.logsumexp()
+    ranks = logits.num_above(chosen) + 1
+    top, top_ids = logits.topk(int(num_top.max()))
+    columns = (tokens, chosen - mass, ranks, top_ids, top - mass[:, None])
     return [
         Logprobs(token, value, rank, ids[:wanted], id_values[:wanted])
-        for token, value, rank, ids, id_values, wanted in zip(*columns, strict=True)
+        for token, value, rank, ids, id_values, wanted in zip(*(column.tolist() for column in columns), num_top.tolist(), strict=True)
     ]
 
 
@@ -44,7 +45,7 @@ class Stretch:
     tokens: torch.Tensor  # int64 [r]: the prompt's own next tokens
     num_top: int
 
-    def describe(self, logits: torch.Tensor) -> PromptLogprobs:  # fp32 [r, V]
+    def describe(self, logits: CutLogits) -> PromptLogprobs:  # of r rows
         return PromptLogprobs(self.slot, self.start, describe(logits, self.tokens, np.full(len(self.tokens), self.num_top)))
 
 

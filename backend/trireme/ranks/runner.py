@@ -23,6 +23,7 @@ from trireme.parallel.context import Shared
 from trireme.parallel.deal import Deal
 from trireme.parallel.link import Link
 from trireme.parallel.plan import Plan
+from trireme.parallel.vocabulary import CutLogits
 from trireme.ranks.fed import FedTokens
 from trireme.ranks.logprobs import Prompts, Stretch
 from trireme.ranks.rows import Rows, lay_out
@@ -97,6 +98,7 @@ class Runner:
         self._sampler = Sampler(
             settings.max_num_seqs, vocab_size, device, choices("sample", vocab=vocab_size), choices("penalise", vocab=vocab_size)
         )
+        self._vocab_size, self._along_vocabulary = vocab_size, self.collectives.along("tp")
         self._prompts = Prompts()
         self._link: Link | None = None
         self._fed = FedTokens(settings.max_num_seqs, settings.inflight)
@@ -180,19 +182,21 @@ class Runner:
         every = [deal.own(rank) for rank in self.collectives.mesh.spans["cp"].members(self.collectives.rank)]
         return Shared([len(own) for own in every], self._tensor(rows.pages[np.concatenate(every)]))
 
-    def _finish(self, step: Step, rows: Rows, stretches: list[Stretch], logits: torch.Tensor) -> Outcome:
+    def _finish(self, step: Step, rows: Rows, stretches: list[Stretch], columns: torch.Tensor) -> Outcome:
         """The last stage's part: sample, send tokens back first of all, then say what was asked of logprobs."""
         num_samples = len(rows.sampled)
         if not num_samples and not stretches:
             return Outcome(step.epoch, step.number, self._stage)
-        sampled = self._sampler.sample(logits[:num_samples], rows.slots[rows.sampled], rows.ends[rows.sampled], self._bans(step, rows))
+        logits = CutLogits(columns, self._vocab_size, self._along_vocabulary)
+        samples = logits.select(slice(0, num_samples))
+        sampled = self._sampler.sample(samples, rows.slots[rows.sampled], rows.ends[rows.sampled], self._bans(step, rows))
         tokens = sampled.tokens.to("cpu", torch.int32)
         if step.returns and num_samples:
             self._joined.send_tokens(tokens)
         told: list[PromptLogprobs] = []
         at = num_samples
         for stretch in stretches:
-            told.append(stretch.describe(logits[at : at + len(stretch.rows)]))
+            told.append(stretch.describe(logits.select(slice(at, at + len(stretch.rows)))))
             at += len(stretch.rows)
         return Outcome(
             step.epoch, step.number, self._stage, tokens=tokens.numpy().tobytes(), logprobs=sampled.logprobs(), prompt_logprobs=told

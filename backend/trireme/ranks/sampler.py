@@ -1,21 +1,26 @@
 """Sampler: logits of the last stage to tokens. Keeps one row of parameters a slot, written when a sequence opens it.
 
 The parameters stand in host memory (which rows need what is decided there, without asking the device); what is computed
-on logits is the ops `penalise` and `sample`. A greedy step that asks for nothing else costs one argmax.
+on logits is the ops `penalise` and `sample`. A greedy step that asks for nothing else costs one argmax. Where columns are
+cut over ranks, all ranks sample alike, and gather whole only those rows that need it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from trireme.core.request import Logprobs
 from trireme.core.step import Open, array
+from trireme.parallel.vocabulary import CutLogits
 from trireme.ranks.logprobs import describe
 
+_FEW = 64  # up to this top_k rows that are cut over ranks are drawn from their highest alone
 _ROW = np.dtype(
     [
         ("temperature", np.float32),
@@ -32,7 +37,6 @@ _ROW = np.dtype(
         ("penalises", np.bool_),
         ("biased", np.bool_),
         ("banned", np.bool_),  # has words of one token that must not appear
-        ("plain", np.bool_),  # greedy and nothing else, once min_tokens are there
     ]
 )
 
@@ -45,6 +49,26 @@ class _Seen:
     output_counts: torch.Tensor  # int32 [V]
 
 
+class _Wanted(NamedTuple):
+    """What some rows of a step want."""
+
+    slots: np.ndarray  # int [n]
+    rows: np.ndarray  # _ROW [n]
+    positions: np.ndarray  # int [n]: where the sampled token will stand
+    banned: Mapping[int, list[int]]  # row -> tokens that must not be sampled now
+
+    @property
+    def changes(self) -> np.ndarray:
+        """Rows, bool [n], of which logits change before a token is drawn."""
+        changes = self.rows["penalises"] | self.rows["biased"]
+        changes[list(self.banned)] = True
+        return changes
+
+    def pick(self, which: np.ndarray) -> _Wanted:
+        banned = {row: self.banned[at] for row, at in enumerate(which) if at in self.banned}
+        return _Wanted(self.slots[which], self.rows[which], self.positions[which], banned)
+
+
 @dataclass(frozen=True)
 class Sampled:
     """Tokens of one step, and what is needed to describe those whose logprobs were asked."""
@@ -52,10 +76,10 @@ class Sampled:
     tokens: torch.Tensor  # int64 [n]
     asked: np.ndarray  # int64 [a]: rows of n
     num_top: np.ndarray  # int64 [a]
-    raw: torch.Tensor | None  # fp32 [a, V]: logits before anything changed them
+    raw: CutLogits | None  # [a]: logits before anything changed them
 
     def logprobs(self) -> list[Logprobs | None]:
-        """One for each token, None where not asked; empty where nobody asked."""
+        """One for each token, None where not asked; empty where nobody asked. All ranks call it, or none."""
         if self.raw is None:
             return []
         found: list[Logprobs | None] = [None] * len(self.tokens)
@@ -110,51 +134,93 @@ class Sampler:
             sampling.penalises,
             bool(sampling.logit_bias),
             bool(banned),
-            sampling.greedy and sampling.logprobs is None and not (sampling.penalises or sampling.logit_bias or banned),
         )
 
-    def sample(self, logits: torch.Tensor, slots: np.ndarray, positions: np.ndarray, bans: Sequence[tuple[int, list[int]]]) -> Sampled:
-        """`logits`: fp32 [n, V], changed in place; `slots`: int [n]; `positions`: int [n], where the sampled token will stand;
+    def sample(self, logits: CutLogits, slots: np.ndarray, positions: np.ndarray, bans: Sequence[tuple[int, list[int]]]) -> Sampled:
+        """`logits`: of n rows, changed in place; `slots`: int [n]; `positions`: int [n], where the sampled token will stand;
         `bans`: (row, token ids) that must not be sampled now."""
         rows = self._rows[slots]
-        young = positions - rows["prompt_len"] < rows["min_tokens"]
-        if rows["plain"].all() and not young.any() and not bans:
-            return Sampled(logits.argmax(-1), slots[:0], slots[:0], None)
+        wanted = _Wanted(slots, rows, positions, self._banned_now(slots, rows, positions, bans))
         asked = np.flatnonzero(rows["num_logprobs"] >= 0)
-        raw = logits[asked] if len(asked) else None  # a copy, before anything changes
+        raw = logits.select(asked) if len(asked) else None  # a copy, before anything changes
+        changes = wanted.changes
+        if not (changes.any() or rows["temperature"].any()):
+            tokens = logits.argmax()
+        elif logits.along.size == 1:
+            tokens = self._draw_whole(logits.local, wanted)
+        else:
+            tokens = self._draw_cut(logits, wanted, changes)
+        return Sampled(tokens, asked, rows["num_logprobs"][asked], raw)
+
+    def _banned_now(self, slots: np.ndarray, rows: np.ndarray, positions: np.ndarray, bans: Sequence) -> Mapping[int, list[int]]:
+        """Every kind of ban is (row, token ids). The place for grammars."""
+        banned = defaultdict(list)
+        for row in np.flatnonzero(positions - rows["prompt_len"] < rows["min_tokens"]):
+            banned[row] += self._stops[slots[row]]
+        for row in np.flatnonzero(rows["banned"]):
+            banned[row] += self._banned[slots[row]]
+        for row, ids in bans:
+            banned[row] += ids
+        return {row: ids for row, ids in banned.items() if ids}
+
+    def _draw_cut(self, logits: CutLogits, wanted: _Wanted, changes: np.ndarray) -> torch.Tensor:
+        """Tokens int64 [n], the same as of whole rows, by three ways: what no filter joins is drawn by each rank among its own
+        columns, and the best of the ranks' draws wins; the few that a small top_k leaves are drawn among the highest of all
+        ranks; only what is left is gathered whole."""
+        rows = wanted.rows
+        filtered = (rows["temperature"] > 0) & ((rows["top_k"] > 0) | (rows["top_p"] < 1) | (rows["min_p"] > 0))
+        few = filtered & ~changes & (rows["top_k"] > 0) & (rows["top_k"] <= _FEW)
+        whole = changes | (filtered & ~few)
+        tokens = torch.empty(len(rows), dtype=torch.int64, device=self._device)
+        if len(which := np.flatnonzero(~few & ~whole)):
+            part = logits.select(which)
+            drawn, scores = self._draw(part.local, wanted.pick(which), part.ids)
+            tokens[which] = part.best(scores[:, None], drawn[:, None], 1)[1][:, 0]
+        if len(which := np.flatnonzero(few)):
+            tokens[which], settled = self._draw_few(logits.select(which), wanted.pick(which))
+            whole[which] = ~settled
+        if len(which := np.flatnonzero(whole)):
+            tokens[which] = self._draw_whole(logits.select(which).full(), wanted.pick(which))
+        return tokens
+
+    def _draw_few(self, logits: CutLogits, wanted: _Wanted) -> tuple[torch.Tensor, np.ndarray]:
+        """(tokens int64 [n], bool [n]: whether that token is sure). What ties with the last of top_k survives it, so a row is
+        settled only where one logit more than top_k shows that no such tie goes on."""
+        top_k = np.minimum(wanted.rows["top_k"], logits.vocab_size)
+        num = min(int(top_k.max()) + 1, logits.vocab_size)
+        values, ids = logits.topk(num)
+        scaled = values / self._column(wanted.rows, "temperature")[:, None]  # distinct logits may be equal once they are divided
+        kth = scaled.gather(1, torch.as_tensor(top_k - 1, device=self._device)[:, None])[:, 0]
+        settled = (scaled[:, -1] < kth).cpu().numpy() | (num == logits.vocab_size)
+        ids, order = ids.sort(dim=-1)
+        return self._draw(values.gather(1, order), wanted, ids)[0], settled
+
+    def _draw_whole(self, logits: torch.Tensor, wanted: _Wanted) -> torch.Tensor:
+        """`logits`: fp32 [n, V], changed in place -> tokens int64 [n]."""
+        slots, rows, _, banned = wanted
         penalised = np.flatnonzero(rows["penalises"])
         if len(penalised):
             logits[penalised] = self._penalised(logits[penalised], slots[penalised], rows[penalised])
         for row in np.flatnonzero(rows["biased"]):
             ids, values = self._bias[slots[row]]
             logits[row, ids] += values
-        self._ban(logits, slots, rows, young, bans)
-        tokens = self._draw(logits, rows, positions)
+        if banned:
+            at = np.repeat(list(banned), [len(ids) for ids in banned.values()])
+            logits[at, np.concatenate([np.asarray(ids, dtype=np.int64) for ids in banned.values()])] = -torch.inf
+        tokens, _ = self._draw(logits, wanted)
         for row, token in zip(penalised, tokens[penalised], strict=True):
             self._seen[slots[row]].output_counts[token] += 1
-        return Sampled(tokens, asked, rows["num_logprobs"][asked], raw)
+        return tokens
 
     def _penalised(self, logits: torch.Tensor, slots: np.ndarray, rows: np.ndarray) -> torch.Tensor:
         seen = [self._seen[slot] for slot in slots]
         prompts, counts = torch.stack([one.prompt for one in seen]), torch.stack([one.output_counts for one in seen])
         return self._penalise(logits, prompts, counts, *(self._column(rows, name) for name in ("repetition", "presence", "frequency")))
 
-    def _ban(self, logits: torch.Tensor, slots: np.ndarray, rows: np.ndarray, young: np.ndarray, bans: Sequence) -> None:
-        """Every kind of ban is a (row, token ids); one write for all. The place for grammars."""
-        banned = [
-            *((row, self._stops[slots[row]]) for row in np.flatnonzero(young)),
-            *((row, self._banned[slots[row]]) for row in np.flatnonzero(rows["banned"])),
-            *bans,
-        ]
-        if banned:
-            at = np.repeat([row for row, _ in banned], [len(ids) for _, ids in banned])
-            logits[at, np.concatenate([np.asarray(ids, dtype=np.int64) for _, ids in banned])] = -torch.inf
-
-    def _draw(self, logits: torch.Tensor, rows: np.ndarray, positions: np.ndarray) -> torch.Tensor:
-        if not rows["temperature"].any():
-            return logits.argmax(-1)
-        parameters = (self._column(rows, name) for name in ("temperature", "top_k", "top_p", "min_p", "seed"))
-        return self._sample(logits, *parameters, torch.as_tensor(positions, dtype=torch.int64, device=self._device))
+    def _draw(self, logits: torch.Tensor, wanted: _Wanted, ids: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The op `sample`: (tokens int64 [n], scores fp32 [n]). `ids`: the columns' tokens, where they are not all."""
+        parameters = (self._column(wanted.rows, name) for name in ("temperature", "top_k", "top_p", "min_p", "seed"))
+        return self._sample(logits, *parameters, torch.as_tensor(wanted.positions, dtype=torch.int64, device=self._device), ids)
 
     def _column(self, rows: np.ndarray, name: str) -> torch.Tensor:
         return torch.as_tensor(rows[name].copy(), device=self._device)
