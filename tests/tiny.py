@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
@@ -51,11 +52,18 @@ _MORE: dict[str, dict[str, Any]] = {
 }
 
 
+def tiny_config(family: str, **overrides: Any) -> PreTrainedConfig:
+    """Of a tiny checkpoint. Overrides are the config's own keys, such as tie_word_embeddings, or num_attention_heads=12 and
+    num_key_value_heads=2 to cut by four."""
+    kind = _CONFIGS[family]
+    architecture = kind.__name__.replace("Config", "ForCausalLM")
+    return kind(**{"architectures": [architecture], **_SIZES, **_MORE.get(family, {}), **overrides})
+
+
 def tiny_checkpoint(directory: Path | str, family: str, *, seed: int = 0, max_shard_size: str = "5GB", **overrides: Any) -> Path:
     """A float32 checkpoint of random weights in `directory`: config.json, safetensors, generation_config.json. Overrides are
-    the config's own keys, such as tie_word_embeddings, or num_attention_heads=12 and num_key_value_heads=2 to cut by four.
-    Biases and norms are random too, so that a test sees each."""
-    config = _CONFIGS[family](**{**_SIZES, **_MORE.get(family, {}), **overrides})
+    those of tiny_config. Biases and norms are random too, so that a test sees each."""
+    config = tiny_config(family, **overrides)
     noise = torch.Generator().manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
@@ -68,6 +76,22 @@ def tiny_checkpoint(directory: Path | str, family: str, *, seed: int = 0, max_sh
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=config.eos_token_id)
     directory = Path(directory)
     model.save_pretrained(directory, max_shard_size=max_shard_size)
+    return directory
+
+
+def fuse_experts(directory: Path) -> Path:
+    """Rewrites a checkpoint with a tensor for each expert into one with a tensor for all, as transformers holds them."""
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    for prefix in sorted({name.split(".experts.")[0] for name in tensors if ".experts." in name}):
+        experts = range(sum(name.startswith(f"{prefix}.experts.") for name in tensors) // 3)
+        stacked = {
+            part: torch.stack([tensors.pop(f"{prefix}.experts.{expert}.{part}_proj.weight") for expert in experts])
+            for part in ("gate", "up", "down")
+        }
+        tensors[f"{prefix}.experts.gate_up_proj"] = torch.cat((stacked["gate"], stacked["up"]), dim=1)
+        tensors[f"{prefix}.experts.down_proj"] = stacked["down"]
+    save_file(tensors, path, metadata={"format": "pt"})
     return directory
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from chained import Chained, build_decoder
-from tiny import greedy_tokens, prompt_logits, random_prompts, tiny_checkpoint
+from tiny import fuse_experts, greedy_tokens, prompt_logits, random_prompts, tiny_checkpoint
 from trireme.core.batch import Batch
 from trireme.models.decoder import Decoder
 
@@ -37,6 +37,10 @@ CHECKPOINTS = {
     "qwen2 sliding": ("qwen2", SLIDING),
     "qwen3": ("qwen3", {}),
     "qwen3 tied biased": ("qwen3", {"tie_word_embeddings": True, "attention_bias": True}),
+    "qwen2_moe": ("qwen2_moe", {}),
+    "qwen2_moe tied fused": ("qwen2_moe", {"tie_word_embeddings": True, "norm_topk_prob": True, "decoder_sparse_step": 1}),
+    "qwen3_moe fused": ("qwen3_moe", {}),
+    "qwen3_moe tied biased": ("qwen3_moe", {"tie_word_embeddings": True, "attention_bias": True, "norm_topk_prob": False}),
     "qwen3 sliding yarn": ("qwen3", {**SLIDING, "rope_parameters": {**YARN, "attention_factor": 1.1}}),
 }
 
@@ -44,7 +48,8 @@ CHECKPOINTS = {
 @pytest.fixture(scope="module", params=CHECKPOINTS)
 def checkpoint(request, tmp_path_factory) -> Path:
     family, overrides = CHECKPOINTS[request.param]
-    return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"), family, **overrides)
+    directory = tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"), family, **overrides)
+    return fuse_experts(directory) if "fused" in request.param else directory
 
 
 def test_logits_are_transformers(checkpoint: Path):
@@ -125,6 +130,6 @@ def test_bfloat16_runs(sliding: Path):
 
 
 def test_a_step_that_asks_nothing_gets_no_logits(sliding: Path):
-    nothing = Batch(3, torch.zeros(3), torch.zeros(3), torch.zeros(3), None, (), head_rows=torch.zeros(0, dtype=torch.int64))
+    nothing = Batch(torch.zeros(3), torch.zeros(3), torch.zeros(3), None, None, (), head_rows=torch.zeros(0, dtype=torch.int64))
     logits = stage(sliding, 1).blocks[-1](torch.zeros(3, 48), nothing)
     assert logits.shape == (0, 251) and logits.dtype == torch.float32

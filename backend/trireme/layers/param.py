@@ -62,12 +62,12 @@ def by_heads(axis: str, num_heads: int, num_kv_heads: int, head_dim: int) -> Cut
     return Cut((Part(num_heads, head_dim), kv, kv), axis)
 
 
-def by_columns(axis: str, *sizes: int, dim: int = 0) -> Cut:
+def by_columns(axis: str | None, *sizes: int, dim: int = 0) -> Cut:
     """Output features, of several matrices joined."""
     return Cut(tuple(Part(size) for size in sizes), axis, dim)
 
 
-def by_rows(axis: str, num_units: int, unit: int = 1, *, dim: int = 1) -> Cut:
+def by_rows(axis: str | None, num_units: int, unit: int = 1, *, dim: int = 1) -> Cut:
     """Input features: each rank gives its share of a sum."""
     return Cut((Part(num_units, unit),), axis, dim)
 

@@ -5,13 +5,9 @@ from __future__ import annotations
 from trireme.layers.attention import Attention
 from trireme.layers.block import Block, Build
 from trireme.layers.mlp import GatedMlp
-from trireme.layers.names import table
-from trireme.models.decoder import DENSE_NAMES
+from trireme.models.decoder import DENSE_NAMES, QK_NORM_NAMES
 
-NAMES = DENSE_NAMES + table("""
-  model.layers.{i}.self_attn.q_norm.weight -> layers.{i}.attn.q_norm
-  model.layers.{i}.self_attn.k_norm.weight -> layers.{i}.attn.k_norm
-""")
+NAMES = DENSE_NAMES + QK_NORM_NAMES
 
 
 def blocks(build: Build, layer: int) -> list[Block]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from trireme.layers.block import Build
-from trireme.models import llama, qwen2, qwen3
+from trireme.models import llama, qwen2, qwen2_moe, qwen3, qwen3_moe
 from trireme.models.decoder import Decoder
 
-FAMILIES = {"llama": llama, "qwen2": qwen2, "qwen3": qwen3}
+FAMILIES = {"llama": llama, "qwen2": qwen2, "qwen3": qwen3, "qwen2_moe": qwen2_moe, "qwen3_moe": qwen3_moe}
 
 
 def build_stage(build: Build) -> Decoder:

@@ -1,0 +1,127 @@
+"""Loading on every rank of a plan: each number of a checkpoint is read as often as the plan has copies of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from chained import Chained, build_decoder
+from tiny import fuse_experts, random_prompts, tiny_checkpoint
+from trireme.core.refusal import Refusal
+from trireme.models.decoder import Decoder
+from trireme.parallel.plan import Plan
+from trireme.weights.load import fill_dummy, load
+from trireme.weights.names import sort
+from trireme.weights.reader import Checkpoint
+from weights.test_load import rewrite
+
+SIZES: dict[str, Any] = {"num_attention_heads": 12, "num_key_value_heads": 2}
+PLANS = [
+    Plan(layer_cut=(5,)),
+    Plan(layer_cut=(5,), tp=2),
+    Plan(layer_cut=(5,), tp=4, ep=4),
+    Plan(layer_cut=(3, 2), tp=4, ep=2, sp=True),
+    Plan(layer_cut=(5,), tp=2, cp=2, ep=4),
+    Plan(layer_cut=(5,), tp=2, cp=2, ep=2, moe_dp=2),
+    Plan(layer_cut=(2, 3), tp=2, cp=2, moe_dp=2, experts="dispatched"),
+    Plan(layer_cut=(5,), tp=4, ep=2, experts="dispatched"),
+]
+
+
+def ranks(directory: Path, plan: Plan) -> Iterator[Decoder]:
+    for stage in range(plan.pp):
+        for rank in range(plan.ranks):
+            yield build_decoder(directory, plan, stage, rank=rank)
+
+
+def copies(name: str, plan: Plan, shared_width: int) -> int:
+    """How many ranks have each number of a tensor."""
+    owing = plan.moe_tp if plan.experts == "dispatched" else plan.ep * plan.moe_tp
+    if ".experts." in name:
+        return plan.moe_dp
+    if "shared_expert." in name:
+        return plan.ranks // owing if shared_width % owing == 0 else plan.ranks
+    if ".k_proj" in name or ".v_proj" in name:
+        return plan.cp * max(1, plan.tp // SIZES["num_key_value_heads"])
+    if any(word in name for word in ("_proj", "embed_tokens", "lm_head")):
+        return plan.cp
+    return plan.ranks  # norms, router, the shared expert's gate
+
+
+FORMS = [*product(("each", "fused", "shared"), PLANS), *(("dense", plan) for plan in PLANS if plan.ep * plan.moe_dp == 1)]
+
+
+@pytest.mark.parametrize(("form", "plan"), FORMS, ids=str)
+def test_every_number_is_read_as_often_as_the_plan_says(form: str, plan: Plan, tmp_path: Path):
+    family = {"dense": "qwen2", "shared": "qwen2_moe"}.get(form, "qwen3_moe")
+    shared: dict[str, Any] = {"shared_expert_intermediate_size": 35} if form == "shared" and plan.ep > 2 else {}
+    tiny_checkpoint(tmp_path, family, **SIZES, **shared)
+    if form in ("fused", "shared"):
+        fuse_experts(tmp_path)
+    read_bytes = 0
+    with Checkpoint(tmp_path) as checkpoint:
+        times = {name: torch.zeros(stored.shape) for name, stored in checkpoint.tensors.items()}
+        for decoder in ranks(tmp_path, plan):
+            params = dict(decoder.params())
+            for use in sort(checkpoint.tensors, decoder, 5).uses:
+                for piece in params[use.target].pieces(use.parts, use.expert):
+                    times[use.tensor][piece.source] += 1
+            manifest = load(decoder, tmp_path)
+            assert manifest.param_bytes == manifest.read_bytes == sum(param.nbytes for param in params.values())
+            read_bytes += manifest.read_bytes
+    for name, each in times.items():
+        assert bool((each == copies(name, plan, shared.get("shared_expert_intermediate_size", 36))).all()), name
+    assert read_bytes == sum(4 * int(each.sum()) for each in times.values())
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_dummy_weights_do_not_know_the_plan(plan: Plan, tmp_path: Path):
+    """Each rank has its slices of what one rank has."""
+    tiny_checkpoint(tmp_path, "qwen2_moe", **SIZES)
+    one = build_decoder(tmp_path, [5], 0)
+    whole = dict(one.params())
+    fill_dummy(one, seed=3)
+    for decoder in ranks(tmp_path, plan):
+        params = dict(decoder.params())
+        fill_dummy(decoder, seed=3)
+        for name, param in params.items():
+            for part in range(param.num_parts):
+                [alone] = whole[name].pieces((part,))
+                [piece] = param.pieces((part,))
+                assert torch.equal(param.data[piece.target], whole[name].data[alone.target][piece.source]), name
+
+
+def test_both_forms_are_one_model(tmp_path: Path):
+    prompt = random_prompts([12])[0]
+    each = Chained(tiny_checkpoint(tmp_path, "qwen3_moe"), [2, 3]).forward({0: prompt})
+    assert torch.equal(Chained(fuse_experts(tmp_path), [2, 3]).forward({0: prompt}), each)
+
+
+def test_an_expert_beyond_the_models_is_refused_by_every_rank(tmp_path: Path):
+    tiny_checkpoint(tmp_path, "qwen3_moe", **SIZES)
+    name = "model.layers.0.mlp.experts.{}.down_proj.weight"
+    rewrite(tmp_path, lambda tensors: tensors.update({name.format(8): tensors[name.format(7)].clone()}))
+    for decoder in ranks(tmp_path, Plan(layer_cut=(5,), tp=2, ep=2)):
+        with pytest.raises(Refusal, match=r"does not use: .*experts\.8\.down_proj"):
+            load(decoder, tmp_path)
+
+
+def test_a_missing_expert_is_missed_by_the_rank_that_has_it(tmp_path: Path):
+    tiny_checkpoint(tmp_path, "qwen3_moe", **SIZES)
+    rewrite(tmp_path, lambda tensors: tensors.pop("model.layers.0.mlp.experts.6.up_proj.weight"))
+    first, second = ranks(tmp_path, Plan(layer_cut=(5,), tp=2, ep=2))
+    load(first, tmp_path)
+    with pytest.raises(Refusal, match=r"not at all, or in part: layers\.0\.mlp\.gate_up"):
+        load(second, tmp_path)
+
+
+def test_an_expert_in_both_forms_is_refused(tmp_path: Path):
+    fuse_experts(tiny_checkpoint(tmp_path, "qwen3_moe"))
+    rewrite(tmp_path, lambda tensors: tensors.update({"model.layers.0.mlp.experts.6.down_proj.weight": torch.zeros(48, 20)}))
+    with pytest.raises(Refusal, match=r"parameters twice: layers\.0\.mlp\.down"):
+        load(build_decoder(tmp_path, [5], 0), tmp_path)
