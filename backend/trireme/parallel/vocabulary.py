@@ -95,8 +95,10 @@ class CutLogits:
 def highest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """x [n, c] -> the k <= c highest of each row, highest first and of equals the lower column: (values, columns) [n, k].
     torch.topk leaves open which of equals it takes, and in what order."""
+    if not k:
+        return x[:, :0], x[:, :0].long()
     values, columns = x.topk(min(k + 1, x.shape[1]), dim=-1)  # one more shows whether equals of the last were left out
-    if 0 < k < x.shape[1]:
+    if k < x.shape[1]:
         split = (values[:, k] == values[:, k - 1]).nonzero()[:, 0]
         columns[split, :k] = _with_lowest(x[split], values[split, :k], columns[split, :k])
     columns = columns[:, :k].sort(dim=-1).values  # so that the stable sort puts the lower of equals first
