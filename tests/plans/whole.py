@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Sequence
+from pathlib import Path
 
+import torch
+
+from tiny import oracle
 from trireme.core.request import Emission, Request
 from trireme.engine.engine import Engine
 
@@ -29,3 +33,14 @@ def tokens_of(engine: Engine, requests: Sequence[Request], timeout_s: float = 24
     for answer in answers:
         assert answer[-1].error is None, answer[-1].error
     return [[token for emission in answer for token in emission.tokens] for answer in answers]
+
+
+def assert_same_tokens(model_dir: Path, prompts: Sequence[Sequence[int]], answers: list[list[int]], expected: list[list[int]]) -> None:
+    """Equal, up to a step at which the oracle's own two best logits lie closer than float32 tells apart."""
+    for prompt, answer, wanted in zip(prompts, answers, expected, strict=True):
+        assert len(answer) == len(wanted)
+        if answer != wanted:
+            at = next(i for i, (one, other) in enumerate(zip(answer, wanted, strict=True)) if one != other)
+            with torch.inference_mode():
+                best, second = oracle(model_dir)(torch.tensor([[*prompt, *wanted[:at]]])).logits[0, -1].topk(2).values
+            assert best - second < 1e-4, f"token {at} after a prompt of {len(prompt)}: {answer[at]}, transformers says {wanted[at]}"

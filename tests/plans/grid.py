@@ -1,0 +1,110 @@
+"""The grid of parallel plans that tests/plans runs: plans as words, the checkpoints that they need, and which of them are few
+enough for every `make test`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+DENSE, MOE = ("llama", "qwen2", "qwen3"), ("qwen2_moe", "qwen3_moe")
+
+# Odd on purpose: 12 heads of which 6 share one key/value head, a vocabulary that nothing divides, four layers of 88 columns.
+SIZES = {"num_attention_heads": 12, "num_key_value_heads": 2, "num_hidden_layers": 4, "vocab_size": 251}
+# For three ranks: 3 key/value heads.
+THIRDS = {**SIZES, "num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 90}
+
+FOR_ALL = [
+    "tp2",
+    "tp4",
+    "tp2 sp",
+    "tp4 sp",
+    "cp2",
+    "cp4",
+    "tp2 cp2",
+    "tp2 cp2 sp",
+    "tp4 cp2 sp",
+    "pp2 tp2",
+    "pp2 tp2 sp",
+    "pp2 tp4 sp",
+    "pp2 cp2",
+    "pp2 cp4",
+    "pp2 tp2 cp2 sp",
+    "pp2 tp2 cp2 sp tensor",
+    "pp4 tp2 sp",
+    "tp2 few",
+    "pp2 cp2 few",
+]
+FOR_EXPERTS = [
+    "tp2 ep2",
+    "tp4 ep4",
+    "tp4 ep2",
+    "tp4 ep2 sp",
+    "cp2 ep2",
+    "cp2 moe_dp2",
+    "tp2 cp2 ep2",
+    "tp2 cp2 ep4",
+    "tp2 cp2 moe_dp2",
+    "tp2 cp2 moe_dp2 ep2",
+    "tp4 cp2 moe_dp2 ep2 sp",
+    "pp2 tp2 ep2 sp",
+    "pp2 tp4 ep2",
+    "pp2 tp2 cp2 ep4",
+    "pp2 tp2 cp2 ep2 sp",
+    "pp2 tp2 cp2 moe_dp2 ep2",
+    "pp2 cp2 moe_dp2",
+    "tp2 ep2 dispatched",
+    "tp4 ep4 dispatched sp",
+    "tp4 ep2 dispatched sp",
+    "tp4 ep2 dispatched",
+    "cp2 ep2 dispatched",
+    "tp2 cp2 ep4 dispatched sp",
+    "tp2 cp2 ep2 dispatched",
+    "tp2 cp2 moe_dp2 ep2 dispatched sp",
+    "pp2 tp2 cp2 ep4 dispatched sp",
+    "pp2 tp2 ep2 dispatched few",
+]
+FOR_THIRDS = ["tp3", "tp3 sp", "cp3", "pp2 tp3 sp", "tp3 cp2 sp"]
+
+GRID = [
+    *((family, plan) for family in DENSE for plan in FOR_ALL),
+    *((family, plan) for family in MOE for plan in FOR_ALL + FOR_EXPERTS),
+    *(("llama", plan) for plan in FOR_THIRDS),
+]
+# One of each form, and the pairs that could interact; each family twice or more.
+FEW = [
+    ("llama", "tp3 sp"),
+    ("llama", "pp2 tp2 cp2 sp"),
+    ("qwen2", "tp4"),
+    ("qwen2", "pp2 cp2"),
+    ("qwen3", "pp2 tp2 sp"),
+    ("qwen3", "tp2 cp2 sp"),
+    ("qwen2_moe", "tp4 ep2"),
+    ("qwen2_moe", "tp2 cp2 moe_dp2 ep2"),
+    ("qwen2_moe", "tp4 ep2 dispatched sp"),
+    ("qwen3_moe", "pp2 tp2 cp2 ep4"),
+    ("qwen3_moe", "tp2 cp2 ep4 dispatched sp"),
+    ("qwen3_moe", "pp2 tp2 ep2 dispatched few"),
+]
+assert set(FEW) <= set(GRID)
+
+_SIZE_OF = {
+    "pp": "pipeline_parallel_size",
+    "tp": "tensor_parallel_size",
+    "cp": "context_parallel_size",
+    "ep": "expert_parallel_size",
+    "moe_dp": "moe_data_parallel_size",
+}
+_WORDS: dict[str, dict[str, Any]] = {
+    "sp": {"sequence_parallel": "on"},
+    "dispatched": {"experts": "dispatched"},
+    "tensor": {"link": "tensor"},
+    "few": {"num_pages": 20, "async_depth": 2},  # pages: it preempts
+}
+
+
+def settings_of(plan: str) -> dict[str, Any]:
+    """ "pp2 tp2 sp" as settings."""
+    values: dict[str, Any] = {}
+    for word in plan.split():
+        name = word.rstrip("0123456789")
+        values |= {_SIZE_OF[name]: int(word.removeprefix(name))} if name in _SIZE_OF else _WORDS[word]
+    return values

@@ -1,0 +1,103 @@
+"""Any plan, same tokens: tensor, sequence, context and expert parallel stages, with pipelines of them, give transformers' greedy
+tokens and prompt logprobs. A few in every run, the whole grid by `make test-plans`; both note what passed for README's matrix."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from plans.grid import FEW, FOR_THIRDS, GRID, SIZES, THIRDS, settings_of
+from plans.test_plans import make_prompts
+from plans.whole import assert_same_tokens, emissions_of
+from tiny import greedy_tokens, prompt_logits, tiny_checkpoint
+from trireme.core.request import Request, Sampling
+from trireme.core.settings import make_settings
+from trireme.ranks.pool import RankPool
+from trireme_tools import offline
+
+pytestmark = pytest.mark.ranks
+
+NUM_TOKENS, MORE_TOKENS = 12, 24  # the latter where pages are to run out
+PROMPTS = make_prompts()
+RESULTS = Path(__file__).resolve().parents[2] / "build" / "plans.json"
+
+
+class Oracle:
+    """Checkpoints and transformers' answers to them, made where a test first asks."""
+
+    def __init__(self, root: Path):
+        self._root = root
+        self._known: dict[str, tuple[Path, list[list[int]], list[torch.Tensor]]] = {}
+
+    def of(self, family: str, plan: str) -> tuple[Path, list[list[int]], list[torch.Tensor]]:
+        """(checkpoint, greedy tokens of PROMPTS, log-probabilities at each position of each [L, V])."""
+        thirds = plan in FOR_THIRDS
+        name = f"{family}{' thirds' * thirds}"
+        if name not in self._known:
+            folder = tiny_checkpoint(self._root / name, family, **(THIRDS if thirds else SIZES))
+            logprobs = [prompt_logits(folder, prompt).log_softmax(-1) for prompt in PROMPTS]
+            self._known[name] = folder, greedy_tokens(folder, PROMPTS, MORE_TOKENS), logprobs
+        return self._known[name]
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory) -> Oracle:
+    return Oracle(tmp_path_factory.mktemp("grid"))
+
+
+@pytest.fixture(scope="module")
+def passed() -> Iterator[list[dict]]:
+    """What passed, told to `trireme plan --matrix --results`."""
+    notes: list[dict] = []
+    yield notes
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(notes, indent=1) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("family", "plan"),
+    [pytest.param(family, plan, marks=[] if (family, plan) in FEW else pytest.mark.grid) for family, plan in GRID],
+)
+def test_a_parallel_plan_changes_nothing(expected: Oracle, pool: RankPool, passed: list[dict], family: str, plan: str):
+    folder, tokens, logprobs = expected.of(family, plan)
+    base = {"max_model_len": 256, "max_num_seqs": 8, "num_pages": 200, "threads_per_rank": 1, "max_num_batched_tokens": 100}
+    settings = make_settings({"model": str(folder), **base, **settings_of(plan)})
+    # every third prompt tells its logprobs; those bypass the reuse of pages, the others do not
+    asked = {i for i, prompt in enumerate(PROMPTS) if i % 3 == 0 and len(prompt) > 1}
+    num_tokens = MORE_TOKENS if "few" in plan else NUM_TOKENS
+    requests = [
+        Request(
+            id=str(i), prompt=prompt, sampling=Sampling(max_tokens=num_tokens, temperature=0.0, prompt_logprobs=1 if i in asked else None)
+        )
+        for i, prompt in enumerate(PROMPTS)
+    ]
+    with offline.running(settings, pool) as engine:
+        answers = emissions_of(engine, requests)
+        assert all(answer[-1].error is None for answer in answers), [answer[-1].error for answer in answers]
+        if "few" in plan:
+            assert engine.stats.preemptions > 0, "the pool is meant to be too small"
+        assert (engine.stats.cp_steps > 0) == ("cp" in plan) and (engine.stats.sp_steps > 0) == ("sp" in plan.split())
+    found = [[token for emission in answer for token in emission.tokens] for answer in answers]
+    assert_same_tokens(folder, PROMPTS, found, [wanted[:num_tokens] for wanted in tokens])
+    for i in asked:
+        (told,) = [emission.prompt_logprobs for emission in answers[i] if emission.prompt_logprobs is not None]
+        wanted = [logprobs[i][at, token].item() for at, token in enumerate(PROMPTS[i][1:])]
+        assert [entry.value for entry in told[1:]] == pytest.approx(wanted, abs=1e-4)
+        assert [entry.token for entry in told[1:]] == PROMPTS[i][1:]
+    passed.append({"family": family, "plan": plan_of(settings), "passed": True})
+
+
+def plan_of(settings) -> dict:
+    return {
+        "pp": settings.pipeline_parallel_size,
+        "tp": settings.tensor_parallel_size,
+        "cp": settings.context_parallel_size,
+        "ep": settings.expert_parallel_size,
+        "moe_dp": settings.moe_data_parallel_size,
+        "sp": settings.sp_from is not None,
+        "experts": settings.experts,
+    }
