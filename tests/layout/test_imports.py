@@ -25,7 +25,7 @@ MAY_IMPORT = {
 # Modules without torch that a room below them may know: what a checkpoint is, and what it costs.
 BELOW = {"trireme.models.spec", "trireme.models.cost"}
 
-TORCH_FREE = ("trireme.core", "trireme.engine", "trireme.serve", "trireme.model", "trireme.parallel.plan")
+TORCH_FREE = ("trireme.core", "trireme.engine", "trireme.serve", "trireme.model", "trireme.parallel.plan", "trireme.models.planner")
 TORCH_FREE_RANKS = tuple(f"trireme.ranks.{name}" for name in ("leader", "launch", "channel", "local"))
 HEAVY = {"torch", "transformers", "flashinfer", "triton"}
 

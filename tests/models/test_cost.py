@@ -1,19 +1,89 @@
-"""The cost model: worked examples of the cut, and bytes that equal what stages really hold."""
+"""The cost model: worked examples of the cut, and bytes that equal what every rank of a plan allocates."""
 
 from __future__ import annotations
 
 from itertools import combinations
-from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chained import build_decoder
 from parallel.test_plan import SPEC
-from tiny import FAMILIES, tiny_checkpoint
-from trireme.models.cost import balance, cut_layers, param_bytes
-from trireme.models.spec import read_spec
+from tiny import FAMILIES, MOE_FAMILIES, tiny_config
+from trireme.layers.block import Build, PerToken
+from trireme.models.cost import activation_bytes, balance, cut_layers, kv_bytes_per_token, rank_param_bytes, touched
+from trireme.models.decoder import Decoder
+from trireme.models.registry import build_stage
+from trireme.models.spec import Spec, make_spec
+from trireme.parallel.plan import Plan
+from trireme_kernels.choose import Choices
+
+# Six query heads and three of keys and values: tp 2 has no whole ones, tp 3 one each, tp 6 copies. 251 words are ragged under all.
+DENSE = [
+    {"layer_cut": (5,)},
+    {"layer_cut": (2, 3)},
+    {"layer_cut": (1, 3, 1)},
+    {"layer_cut": (5,), "tp": 3},
+    {"layer_cut": (5,), "tp": 6},
+    {"layer_cut": (2, 3), "tp": 3, "sp": True},
+    {"layer_cut": (4, 1), "tp": 6, "cp": 2},
+    {"layer_cut": (5,), "cp": 4},
+    {"layer_cut": (2, 2, 1), "tp": 3, "cp": 2},
+    {"layer_cut": (1, 4), "cp": 2, "sp": True},
+]
+MIXED = [
+    {"layer_cut": (5,), "tp": 3, "ep": 1, "moe_dp": 1},
+    {"layer_cut": (5,), "cp": 2, "ep": 2},
+    {"layer_cut": (5,), "cp": 2, "ep": 2, "experts": "dispatched"},
+    {"layer_cut": (2, 3), "cp": 4, "ep": 4},
+    {"layer_cut": (2, 3), "cp": 4, "ep": 2},
+    {"layer_cut": (2, 3), "cp": 4, "ep": 2, "experts": "dispatched"},
+    {"layer_cut": (5,), "cp": 2, "moe_dp": 2},
+    {"layer_cut": (1, 4), "tp": 6, "cp": 4, "ep": 4},
+    {"layer_cut": (1, 4), "tp": 6, "cp": 4, "ep": 4, "experts": "dispatched"},
+    {"layer_cut": (5,), "tp": 6, "cp": 2, "moe_dp": 2, "ep": 2, "sp": True},
+    {"layer_cut": (2, 1, 2), "tp": 3, "cp": 8, "ep": 8, "sp": True},
+]
+
+
+def spec_of(family: str, **overrides: Any) -> Spec:
+    return make_spec(tiny_config(family, **overrides).to_dict())
+
+
+def empty_stage(spec: Spec, plan: Plan, stage: int, rank: int) -> Decoder:
+    """Described, not allocated."""
+    device = torch.device("meta")
+    return build_stage(Build(spec, plan, stage, device, torch.float32, Choices("cpu", torch.float32), rank=rank))
+
+
+def check_bytes(spec: Spec, plan: Plan) -> None:
+    for stage in range(plan.pp):
+        for rank in range(plan.ranks):
+            decoder = empty_stage(spec, plan, stage, rank)
+            allocated = sum(param.nbytes for _, param in decoder.params())
+            assert allocated == rank_param_bytes(spec, plan, stage, rank, 4), f"{plan}, stage {stage}, rank {rank}"
+            kept = [keeps.bytes_per_page // 16 for keeps in decoder.keeps if isinstance(keeps, PerToken)]
+            assert sum(kept) == kv_bytes_per_token(spec, plan, stage, 4)
+
+
+@pytest.mark.parametrize("plan", DENSE, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tied", [False, True])
+def test_dense_ranks_hold_the_bytes_that_the_model_says(family: str, tied: bool, plan: dict):
+    biases = {"attention_bias": True} if family != "qwen2" else {}
+    check_bytes(spec_of(family, tie_word_embeddings=tied, intermediate_size=90, **biases), Plan(**plan))
+
+
+@pytest.mark.parametrize("plan", DENSE + MIXED, ids=str)
+@pytest.mark.parametrize("family", MOE_FAMILIES)
+@pytest.mark.parametrize("shared", [36, 35])
+def test_ranks_with_experts_hold_the_bytes_that_the_model_says(family: str, shared: int, plan: dict):
+    """A shared expert whose columns do not divide is whole on every rank."""
+    sizes = {"intermediate_size": 90, "moe_intermediate_size": 24}
+    more = {"shared_expert_intermediate_size": shared} if family == "qwen2_moe" else {}
+    check_bytes(spec_of(family, **sizes, **more), Plan(**plan))
 
 
 def test_the_head_weighs_on_the_last_stage():
@@ -21,6 +91,21 @@ def test_the_head_weighs_on_the_last_stage():
     assert cut_layers(SPEC, 1) == [30]
     assert cut_layers(SPEC, 2) == [19, 11]
     assert cut_layers(SPEC, 30) == [1] * 30
+
+
+def test_experts_weigh_what_a_step_reads_of_them():
+    """Two dense layers, then four with 8 experts of which a row reads one. Alone, a row finds all layers alike, so the cut is
+    even; a step of many rows reads every expert, and the layers that have them weigh nine."""
+    sizes = {"num_hidden_layers": 6, "mlp_only_layers": [0, 1], "num_experts": 8, "num_experts_per_tok": 1}
+    spec = spec_of("qwen3_moe", **sizes, intermediate_size=90, moe_intermediate_size=90, vocab_size=8)
+    assert cut_layers(spec, 2, rows=1) == [3, 3]
+    assert cut_layers(spec, 2, rows=1000) == [4, 2]
+
+
+def test_rows_touch_few_experts_or_all():
+    spec = spec_of("qwen3_moe", num_experts=128, num_experts_per_tok=8)
+    assert [round(touched(spec, rows), 4) for rows in (0, 1, 16, 64)] == [0, 0.0625, 0.6439, 0.9839]
+    assert touched(spec_of("qwen3"), 8) == 0
 
 
 def test_a_head_heavier_than_a_stage_leaves_one_layer():
@@ -42,13 +127,12 @@ def test_no_cut_is_better(costs: list[int], tail: int, data: st.DataObject):
     assert dearest(balance(costs, tail, num_stages)) == min(map(dearest, cuts))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("tied", [False, True])
-def test_stages_hold_the_bytes_that_the_model_says(family: str, tied: bool, tmp_path: Path):
-    biases = {"attention_bias": True} if family != "qwen2" else {}
-    tiny_checkpoint(tmp_path, family, tie_word_embeddings=tied, **biases)
-    spec = read_spec(tmp_path)
-    for cut in ([5], [2, 3], [1, 3, 1]):
-        for stage in range(len(cut)):
-            params = dict(build_decoder(tmp_path, cut, stage).params())
-            assert sum(param.nbytes for param in params.values()) == param_bytes(spec, cut, stage, 4)
+def test_activations_of_a_dense_layer():
+    """SmolLM2-135M in bfloat16, 512 rows: the MLP is widest, in and out [512, 576] each, gate, up and product [512, 4608],
+    beside the residual [512, 576] and a rotary table of [8192, 64] in float32."""
+    rotary = 4 * 8192 * 64
+    assert activation_bytes(SPEC, Plan(layer_cut=(30,)), 512, 1, 2) == rotary + 2 * 512 * (3 * 576 + 4608)
+    assert activation_bytes(SPEC, Plan(layer_cut=(30,), tp=3), 512, 1, 2) == rotary + 2 * 512 * (3 * 576 + 1536)
+    assert activation_bytes(SPEC, Plan(layer_cut=(30,), cp=2), 512, 1, 2) == rotary + 2 * 256 * (3 * 576 + 4608)
+    sp = activation_bytes(SPEC, Plan(layer_cut=(30,), tp=3, sp=True), 512, 1, 2)
+    assert sp == rotary + 2 * (171 * 576 + 512 * (2 * 576 + 1536))

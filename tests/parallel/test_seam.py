@@ -10,10 +10,10 @@ from threads import Boards, on_every_rank
 from trireme.core.step import Regime
 from trireme.parallel.collectives import Collectives
 from trireme.parallel.deal import Deal
-from trireme.parallel.layout import SUM, Layout, cut_of, lay
+from trireme.parallel.layout import SUM, Layout, cut_of, home_of, lay
 from trireme.parallel.mesh import Mesh
 from trireme.parallel.plan import Plan
-from trireme.parallel.seam import Seam, home_of
+from trireme.parallel.seam import Seam
 from trireme_kernels.choose import Choices
 
 HIDDEN, COUNTS = 8, [6, 5]

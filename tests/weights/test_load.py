@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from chained import Chained, build_decoder
 from tiny import FAMILIES, prompt_logits, random_prompts, tiny_checkpoint
 from trireme.core.refusal import Refusal
-from trireme.models.cost import param_bytes
+from trireme.models.cost import rank_param_bytes
 from trireme.models.decoder import Decoder
+from trireme.parallel.plan import Plan
 from trireme.weights.load import Manifest, fill_dummy, load
 
 
@@ -40,7 +41,8 @@ def test_every_byte_is_used_once(family: str, tied: bool, cut: list[int], tmp_pa
     twice = 4 * spec.vocab_size * spec.hidden if tied and len(cut) > 1 else 0
     assert sum(manifest.used_bytes for manifest in manifests) == whole + twice
     for stage, manifest in enumerate(manifests):
-        assert manifest.read_bytes == manifest.used_bytes == manifest.param_bytes == param_bytes(spec, cut, stage, 4)
+        expected = rank_param_bytes(spec, Plan(layer_cut=tuple(cut)), stage, 0, 4)
+        assert manifest.read_bytes == manifest.used_bytes == manifest.param_bytes == expected
         assert manifest.used_bytes + manifest.elsewhere_bytes == whole and manifest.dropped_bytes == 0
 
 

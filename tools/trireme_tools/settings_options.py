@@ -1,4 +1,4 @@
-"""Settings as command-line options: one table, the same flags for `serve`, `repo`, `generate` and `trace`. Runs nothing."""
+"""Settings as command-line options: one table, the same flags for `serve`, `repo`, `generate`, `trace` and `plan`. Runs nothing."""
 
 from __future__ import annotations
 
@@ -89,12 +89,21 @@ _NAMED_BY_PLACE = {
 
 def settings_options(verb: Callable[..., Any]) -> Callable[..., Any]:
     """Gives `verb` an option for each setting; it gets those that the user set as `chosen: dict[str, Any]`."""
+    return settings_options_of(*FLAGS)(verb)
+
+
+def settings_options_of(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """As settings_options, with some of the settings."""
+    return lambda verb: _with_options(verb, {name: FLAGS[name] for name in names})
+
+
+def _with_options(verb: Callable[..., Any], flags: dict[str, Flag]) -> Callable[..., Any]:
     hints = get_type_hints(Settings)
-    extra = [_option(name, flag, hints[name]) for name, flag in FLAGS.items()]
+    extra = [_option(name, flag, hints[name]) for name, flag in flags.items()]
     own = inspect.signature(verb, eval_str=True)
 
     def command(**values: Any) -> Any:
-        given = {name: (flag.read, values.pop(name)) for name, flag in FLAGS.items()}
+        given = {name: (flag.read, values.pop(name)) for name, flag in flags.items()}
         chosen = {name: read(value) if read else value for name, (read, value) in given.items() if value is not None}
         return verb(**values, chosen=chosen)
 

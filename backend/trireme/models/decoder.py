@@ -18,8 +18,8 @@ from trireme.layers.linear import Linear
 from trireme.layers.names import Names, table
 from trireme.layers.param import Param
 from trireme.parallel.deal import Deal
-from trireme.parallel.layout import WHOLE, Layout, cut_of, lay
-from trireme.parallel.seam import Route, Seam, home_of
+from trireme.parallel.layout import WHOLE, Layout, cut_of, home_of, lay
+from trireme.parallel.seam import Route, Seam
 
 # What all families' checkpoints share.
 DENSE_NAMES = table("""

@@ -41,6 +41,7 @@ _FAMILIES: Mapping[str, tuple[Family, Mapping[str, Any]]] = {
         },
     ),
 }
+ARCHITECTURES = tuple(_FAMILIES)
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -96,13 +97,14 @@ class Spec:
         return _ITEM_BYTES[self.dtype]
 
 
-def read_spec(model_dir: str | Path) -> Spec:
-    """The Spec of a checkpoint directory. Refusal where there is none, or where it asks for what no family here computes."""
-    path = Path(model_dir) / "config.json"
+def read_spec(model: str | Path) -> Spec:
+    """The Spec of a checkpoint directory, or of a config.json alone. Refusal where there is none, or where it asks for what no
+    family here computes."""
+    path = Path(model) if Path(model).is_file() else Path(model) / "config.json"
     try:
         values = json.loads(path.read_text())
     except FileNotFoundError:
-        raise Refusal(f"no checkpoint at {model_dir}", why="it has no config.json", fix="set model to a checkpoint directory") from None
+        raise Refusal(f"no checkpoint at {model}", why="it has no config.json", fix="set model to a checkpoint directory") from None
     except json.JSONDecodeError as error:
         raise Refusal(f"{path} is not JSON", why=str(error), fix="fetch the checkpoint again") from None
     return make_spec(values, source=str(path))

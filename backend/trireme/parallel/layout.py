@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Literal, NamedTuple
 
 from trireme.core.refusal import Refusal
+from trireme.core.step import Regime
 from trireme.parallel.mesh import Mesh, Span
 
 
@@ -49,6 +50,11 @@ def lay(tp: Rows = WHOLE, cp: Rows = HOME) -> Layout:
 def lay_experts(ep: Rows = WHOLE, moe_tp: Rows = WHOLE, moe_dp: Rows = HOME) -> Layout:
     """By the experts' view."""
     return Layout((("moe_dp", moe_dp), ("ep", ep), ("moe_tp", moe_tp)))
+
+
+def home_of(regime: Regime) -> Layout:
+    """Where the residual lives. This line is sequence parallelism, and context parallelism between blocks."""
+    return lay(tp=ROWS if regime.sp else WHOLE, cp=ROWS if regime.cp else WHOLE)
 
 
 Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "slice"]

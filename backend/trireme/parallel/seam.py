@@ -6,15 +6,9 @@ from collections.abc import Callable
 
 import torch
 
-from trireme.core.step import Regime
 from trireme.parallel.collectives import Collectives, carry_out
 from trireme.parallel.deal import Deal
-from trireme.parallel.layout import ROWS, WHOLE, Layout, lay, moves
-
-
-def home_of(regime: Regime) -> Layout:
-    """Where the residual lives. This line is sequence parallelism, and context parallelism between blocks."""
-    return lay(tp=ROWS if regime.sp else WHOLE, cp=ROWS if regime.cp else WHOLE)
+from trireme.parallel.layout import Layout, moves
 
 
 class Route:

@@ -1,0 +1,93 @@
+"""Wire: the bytes that one rank sends for a step, predicted from the layouts that blocks declare. No torch, no decoder, no rank."""
+
+from __future__ import annotations
+
+from collections import Counter
+from math import ceil, prod
+from typing import NamedTuple
+
+from trireme.core.step import Regime
+from trireme.models.cost import Shares
+from trireme.models.spec import Spec
+from trireme.parallel.layout import ROWS, SUM, WHOLE, Cut, Layout, Move, home_of, lay, lay_experts, moves
+from trireme.parallel.mesh import Mesh
+from trireme.parallel.plan import Plan
+
+# What blocks take and give; tests/models/test_wire.py holds the collectives that follow equal to a decoder's.
+DENSE = lay(), lay(tp=SUM)
+HEAD = lay(cp=WHOLE)  # rows that are sampled may be on any rank
+GATHERED = lay_experts(), lay_experts(ep=SUM, moe_tp=SUM)
+DISPATCHED = lay_experts(ep=ROWS), lay_experts(ep=ROWS, moe_tp=SUM)
+
+
+class Wire(NamedTuple):
+    """What a rank sends, in collectives and bytes."""
+
+    calls: int = 0
+    num_bytes: float = 0.0
+
+    def plus(self, other: Wire, times: int = 1) -> Wire:
+        return Wire(self.calls + times * other.calls, self.num_bytes + times * other.num_bytes)
+
+
+def sent(collective: str, size: int, buffer_bytes: float) -> float:
+    """Bytes that each of `size` ranks sends in a collective over a buffer: the ring algorithm's, which none undercuts. The
+    buffer is all that is reduced, gathered or dealt out; for all_to_all, what one rank has.
+
+        all_reduce                                 2 (n - 1) / n
+        reduce_scatter, all_gather, all_to_all       (n - 1) / n
+    """
+    return (2 if collective == "all_reduce" else 1) * (size - 1) / size * buffer_bytes
+
+
+def stage_wire(spec: Spec, plan: Plan, stage: int, rows: int, regime: Regime, item_bytes: int) -> Wire:
+    """For a step of `rows` rows in one stage: its seams, what attention shares along cp, and what dispatched experts exchange.
+    The edge to the next stage is not in it."""
+    mesh, total = Mesh(plan), Wire()
+    for (have, want), times in Counter(_seams(spec, plan, stage, regime)).items():
+        for move in moves(have, want, mesh):
+            if move.collective != "slice":
+                total = total.plus(_of_move(move, rows, spec.hidden * item_bytes), times)
+    if regime.cp:
+        kept = 2 * Shares.of(plan, spec).kv_heads(spec) * spec.head_dim * item_bytes
+        total = total.plus(Wire(1, sent("all_gather", plan.cp, rows * kept)), plan.layer_cut[stage])
+    if plan.experts == "dispatched" and plan.ep > 1:
+        num_sparse = sum(spec.sparse[layer] for layer in plan.layers(stage))
+        total = total.plus(_exchange(spec, plan, rows, regime, item_bytes), num_sparse)
+    return total
+
+
+def edge_bytes(spec: Spec, plan: Plan, rows: int, regime: Regime, item_bytes: int) -> int:
+    """Bytes of the residual that a rank sends to its twin in the next stage."""
+    shards = 1 if plan.whole_edges else (plan.tp if regime.sp else 1) * (plan.cp if regime.cp else 1)
+    return ceil(rows / shards) * spec.hidden * item_bytes
+
+
+def _seams(spec: Spec, plan: Plan, stage: int, regime: Regime) -> list[tuple[Layout, Layout]]:
+    """(have, want) of every route of a stage."""
+    home = home_of(regime)
+    edge = lay(cp=WHOLE) if plan.whole_edges else home
+    sparse = DISPATCHED if plan.experts == "dispatched" else GATHERED
+    blocks = [each for layer in plan.layers(stage) for each in (DENSE, sparse if spec.sparse[layer] else DENSE)]
+    routes = [(DENSE[1].at(home) if stage == 0 else edge, home)]
+    for takes, gives in blocks:
+        routes += [(home, takes.at(home)), (gives.at(home), home)]
+    routes.append((home, HEAD if stage == plan.pp - 1 else edge))
+    return routes
+
+
+def _of_move(move: Move, rows: int, row_bytes: int) -> Wire:
+    cut = move.after if move.collective == "all_gather" else move.before
+    return Wire(1, sent(move.collective, move.span.size, _rows(rows, cut) * row_bytes))
+
+
+def _rows(rows: int, cut: Cut) -> int:
+    """Of a rank, under a cut."""
+    return ceil(rows / prod(span.size for span in cut))
+
+
+def _exchange(spec: Spec, plan: Plan, rows: int, regime: Regime, item_bytes: int) -> Wire:
+    """How many rows go to each slot (an int64 each), then the rows, one copy for each expert that a row chose, and back."""
+    mine = ceil(rows / (plan.moe_dp if regime.cp else 1) / plan.ep)
+    buffer = 8 * spec.num_experts + 2 * mine * spec.num_experts_per_tok * spec.hidden * item_bytes
+    return Wire(3, sent("all_to_all", plan.ep, buffer))

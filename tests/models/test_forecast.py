@@ -1,0 +1,82 @@
+"""Forecasts: bytes of published checkpoints, and times that follow from a data sheet by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from real_configs import LLAMA_70B, QWEN3_30B, QWEN3_235B
+from trireme.core.settings import make_settings
+from trireme.models.forecast import Demand, Forecast, forecast
+from trireme.models.hardware import DEVICES, GIB, Reach
+from trireme.models.spec import make_spec
+from trireme.parallel.plan import Plan
+
+H100 = DEVICES["H100"]
+DEMAND = Demand(context=8192, requests=64, output=1024)
+
+
+def predict(config: dict, demand: Demand = DEMAND, device=H100, **settings: Any) -> Forecast:
+    spec, chosen = make_spec(config), make_settings({"model": "/m", **settings})
+    return forecast(spec, Plan.of(chosen, spec), chosen, device, demand, item_bytes=2)
+
+
+@pytest.mark.parametrize(
+    ("config", "billions"),
+    [(LLAMA_70B, 70.55), (QWEN3_30B, 30.53), (QWEN3_235B, 235.09)],  # as their cards say: 70.6, 30.5, 235
+)
+def test_published_sizes(config: dict, billions: float):
+    [rank] = predict(config).ranks
+    assert round(rank.weights / 2e9, 2) == billions
+
+
+def test_what_is_too_large_for_four_devices_fits_on_eight():
+    """Qwen3-235B: 470 GB of weights in bfloat16."""
+    four = predict(QWEN3_235B, tensor_parallel_size=4, expert_parallel_size=4)
+    assert not four.fits and four.missing_bytes > 37 * GIB and four.decode_s == four.tokens_per_s == 0
+    eight = predict(QWEN3_235B, tensor_parallel_size=8, expert_parallel_size=8)
+    assert eight.fits and eight.decode_s > 0 and eight.missing_bytes == 0
+
+
+def test_keys_and_values_take_what_weights_leave():
+    """Of eight key/value heads tp=8 has one a rank: 2 * 80 layers * 128 numbers of two bytes for each token."""
+    held = predict(LLAMA_70B, tensor_parallel_size=8)
+    rank = held.fullest
+    assert rank.kv_per_token == 2 * 80 * 128 * 2
+    left = H100.usable_bytes - rank.weights - rank.activations
+    assert held.capacity_tokens == left // rank.kv_per_token // 16 * 16
+    assert held.capacity_requests == held.capacity_tokens // 8192
+
+
+def test_the_stage_with_least_room_counts():
+    held = predict(LLAMA_70B, pipeline_parallel_size=4, layer_cut=[17, 17, 17, 29])
+    assert held.fullest.stage == 3
+    assert held.capacity_tokens == held.fullest.tokens(H100.usable_bytes)
+
+
+def test_a_decode_step_reads_weights_and_keys():
+    """One rank at the data sheet's very speed: every byte of weights but the embedding's, and of 2 requests' keys and values."""
+    sheet = replace(H100, memory_bytes=200 * GIB, reach=Reach(memory=1, flops=1, bandwidth=1, link=1, collective_s=0, hop_s=0))
+    held = predict(LLAMA_70B, Demand(context=1000, requests=2, output=10), sheet)
+    [rank] = held.ranks
+    read = rank.weights - 2 * 128256 * 8192 + 2 * 1000 * rank.kv_per_token
+    assert held.decode_s == pytest.approx(read / 3.35e12, rel=1e-4)
+
+
+def test_a_long_chunk_is_bound_by_products():
+    """One chunk of 8000 rows: two FLOPs a number and row, and four a key, head and number of a head; a row sees 4000 keys."""
+    sheet = replace(H100, memory_bytes=200 * GIB, reach=Reach(memory=1, flops=1, bandwidth=1, link=1, collective_s=0, hop_s=0))
+    held = predict(LLAMA_70B, Demand(context=8001, requests=1, output=1), sheet, max_num_batched_tokens=8192)
+    numbers = held.ranks[0].weights / 2 - 2 * 128256 * 8192
+    flops = 8000 * (2 * numbers + 4 * 4000 * 80 * 64 * 128) + 2 * 128256 * 8192
+    assert held.prefill_s == pytest.approx(flops / 989e12, rel=1e-4)
+
+
+def test_stages_overlap_chunks_and_add_their_hops():
+    """Many chunks: two stages take half the time of one, and one chunk more."""
+    one, two = (predict(LLAMA_70B, device=replace(H100, memory_bytes=200 * GIB), pipeline_parallel_size=pp) for pp in (1, 2))
+    assert 0.5 < two.prefill_s / one.prefill_s < 0.6
+    assert two.decode_s > one.decode_s * 0.9  # a token still passes every layer
+    assert two.tokens_per_s > 1.5 * one.tokens_per_s
