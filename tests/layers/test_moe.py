@@ -21,6 +21,7 @@ from trireme.parallel.deal import Deal
 from trireme.parallel.layout import cut_of, home_of
 from trireme.parallel.plan import Plan
 from trireme.parallel.seam import Route
+from trireme_kernels.choose import Choices
 
 SPEC = make_spec(tiny_config("qwen2_moe").to_dict())
 
@@ -75,3 +76,17 @@ def test_ranks_together_give_what_one_gives(sizes: dict[str, Any], experts: str,
             torch.testing.assert_close(back(moe(there(x[own], deal), None), deal), wanted[own], atol=1e-5, rtol=1e-5)
 
     on_every_rank(Plan(layer_cut=(1,), **sizes).ranks, run, boards)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("num_rows", [0, 1, 200])
+def test_a_gpu_skips_rows_of_other_ranks(num_rows: int):
+    """It sorts them behind its own and learns no count: what two ranks owe is what a CPU gives."""
+    spec, x = replace(SPEC, shared_intermediate=0), torch.randn(num_rows, SPEC.hidden)
+    wanted, owed = filled(build(spec))(x, None), torch.zeros_like(x)
+    for rank in range(2):
+        device = torch.device("cuda")
+        rank_build = replace(build(spec, rank, tp=2, ep=2), device=device, choices=Choices(device, torch.float32))
+        owed += filled(rank_build)(x.to(device), None).cpu()
+    torch.testing.assert_close(owed, wanted, atol=1e-4, rtol=1e-4)
