@@ -10,7 +10,7 @@ import pytest
 from trireme.core.refusal import Refusal
 from trireme.core.settings import make_settings
 from trireme.serve import checks
-from trireme.serve.checks import ServerFlags, check_checkpoint, check_instance, check_server
+from trireme.serve.checks import ServerFlags, check_checkpoint, check_devices, check_instance, check_server
 
 
 def settings(**values):
@@ -74,6 +74,39 @@ def test_checkpoint_too_small(tmp_path, values, sentence):
     _write_config(tmp_path)
     with pytest.raises(Refusal, match=sentence):
         check_checkpoint(settings(model=str(tmp_path), load_format="dummy", **values))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "sentence"),
+    [
+        ({"tensor": 4}, r"tp=4 does not divide 6 query heads.*each rank needs whole heads.*use tp=3"),
+        ({"tensor": 3}, r"tp=3 does not divide 2 key/value heads.*use tp=2"),
+        ({"tensor": 2}, r"tp=2 does not divide 9 columns of the MLP"),
+        ({"expert": 2}, r"ep=2 times moe_dp=1 does not divide the 1 ranks of a stage"),
+        ({"context": 4, "expert": 4}, r"ep=4 does not divide 6 experts.*use ep=3"),
+        ({"context": 2}, r"moe_tp=2 does not divide 9 columns of an expert"),
+        ({"context": 4, "moe_data": 2}, r"moe_dp=2 with cp=4.*use moe_dp=1 or moe_dp=4"),
+    ],
+)
+def test_plan_that_the_checkpoint_does_not_allow(tmp_path, sizes, sentence):
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "intermediate_size": 9, "head_dim": 2}
+    experts = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 9, "mlp_only_layers": [0]}
+    _write_config(tmp_path, architectures=["Qwen3MoeForCausalLM"], **heads, **experts)
+    values = {f"{name}_parallel_size": size for name, size in sizes.items()}
+    with pytest.raises(Refusal, match=sentence):
+        check_checkpoint(settings(model=str(tmp_path), load_format="dummy", **values))
+
+
+def test_devices_that_are_not_here(tmp_path, monkeypatch):
+    monkeypatch.setattr(checks, "_DEVICES", tmp_path)
+    check_devices(settings(tensor_parallel_size=2))
+    with pytest.raises(Refusal, match=r"devices names GPU 0, and this host has 0.*leave devices out"):
+        check_devices(settings(devices=[[0]]))
+    for name in ("nvidiactl", "nvidia-uvm", "nvidia0", "nvidia1"):
+        (tmp_path / name).touch()
+    check_devices(settings(tensor_parallel_size=2, devices=[[1, 0]]))
+    with pytest.raises(Refusal, match=r"devices names GPU 2, and this host has 2.*name 2 of those there are"):
+        check_devices(settings(pipeline_parallel_size=2, devices=[[1], [2]]))
 
 
 def test_unknown_kind_of_checkpoint(tmp_path):

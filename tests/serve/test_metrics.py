@@ -38,15 +38,15 @@ def test_report():
     stats = Stats(num_stages=2)
     stages = SimpleNamespace(num_abandoned=1, num_reloads=0)
     states = [
-        StageState(0, "ready", ranks=[RankState(0, "ready")]),
-        StageState(1, "healing", ranks=[RankState(0, "dead")], restarts=2),
+        StageState(0, "ready", ranks=[RankState(0, "ready"), RankState(1, "ready")]),
+        StageState(1, "healing", ranks=[RankState(0, "ready"), RankState(1, "dead")], restarts=2),
         None,
     ]
 
     def read():
         yield from samples(stats, stages)
         for stage, state in enumerate(states):
-            yield from stage_samples(stage, state)
+            yield from stage_samples(stage, state, num_ranks=2)
 
     reporter = Reporter(Family, read, stats, {"model": "llm", "version": "1"})
     stats.running, stats.generation_tokens = 3, 10
@@ -70,9 +70,9 @@ def test_report():
     assert value("time_to_first_token_seconds_bucket", le="+Inf") == 4
     assert value("time_to_first_token_seconds_sum") == 100.208
     assert value("stage_ready", stage="0") == 1 and value("stage_ready", stage="1") == 0
-    assert value("rank_state", stage="1", rank="0", state="dead") == 1
+    assert value("rank_state", stage="1", rank="0", state="ready") == value("rank_state", stage="1", rank="1", state="dead") == 1
     assert value("stage_rank_restarts", stage="1") == 2
-    assert value("stage_ready", stage="2") == 0 and value("rank_state", stage="2", rank="0", state="dead") == 1
+    assert value("stage_ready", stage="2") == 0 and all(value("rank_state", stage="2", rank=rank, state="dead") for rank in "01")
     reporter.stop()
     assert not reporter._metrics and not reporter._families
 
@@ -81,7 +81,7 @@ def test_every_sample_has_a_family():
     stats = Stats(num_stages=1)
     stats.finished["stop"] += 1
     found = {sample.name for sample in samples(stats, SimpleNamespace(num_abandoned=0, num_reloads=0))}
-    found |= {sample.name for sample in stage_samples(0, StageState(0, "ready", ranks=[RankState(0, "ready")]))}
+    found |= {sample.name for sample in stage_samples(0, StageState(0, "ready", ranks=[RankState(0, "ready")]), 1)}
     plain = {name for name in FAMILIES if not name.endswith(("_bucket", "_sum", "_count"))}
     assert found == plain
 

@@ -6,10 +6,12 @@ import os
 from pathlib import Path
 from typing import Annotated, Any
 
+import msgspec
 import typer
 
 from trireme.core.refusal import Refusal
 from trireme.core.settings import make_settings
+from trireme.serve.checks import check_checkpoint
 from trireme.serve.repository import files, write_repository
 from trireme_tools.settings_options import override, settings_options
 
@@ -23,9 +25,10 @@ def repo(
     chosen: dict[str, Any],
 ) -> None:
     """Write a model repository: config.pbtxt of every model, and model.json, the one file to edit."""
-    model = model_dir.resolve()
-    name = os.path.relpath(model, output.resolve().parent) if relative else str(model)
-    settings = override(make_settings({"model": name}), chosen)
+    settings = override(make_settings({"model": str(model_dir.resolve())}), chosen)
+    check_checkpoint(settings)  # not the devices: they are of the host that serves
+    if relative:
+        settings = msgspec.structs.replace(settings, model=os.path.relpath(settings.model, output.resolve().parent))
     try:
         write_repository(settings, output)
     except OSError as error:

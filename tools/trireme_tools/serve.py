@@ -15,7 +15,9 @@ import typer
 from trireme.core.log import logger
 from trireme.core.refusal import Refusal
 from trireme.core.settings import Settings, make_settings, read_settings
-from trireme.serve.checks import check_checkpoint
+from trireme.models.spec import read_spec
+from trireme.parallel.plan import Plan
+from trireme.serve.checks import check_checkpoint, check_devices
 from trireme.serve.repository import FRONT, write_repository
 from trireme_tools.home import project_home
 from trireme_tools.server_home import Ports, find_server
@@ -74,13 +76,15 @@ def served_repository(model_dir: Path | None, repository: Path | None, chosen: d
 
 
 def settings_of(model_dir: Path | None, chosen: dict[str, Any], repository: Path | None = None) -> Settings:
-    """Of a checkpoint, else of a repository (the project's where None), with what the user chose. Refusal without weights."""
+    """Of a checkpoint, else of a repository (the project's where None), with what the user chose. Refusal where this host
+    cannot serve that."""
     if model_dir is not None:
         settings = make_settings({"model": str(model_dir.resolve())})
     else:
         settings = read_settings((repository or project_home() / "model_repository") / FRONT / "1" / "model.json")
     settings = override(settings, chosen)
     check_checkpoint(settings)
+    check_devices(settings)
     return settings
 
 
@@ -94,7 +98,8 @@ def backend_directory() -> Path:
 
 def ready_line(supervisor: Supervisor, seconds: float) -> str:
     ports, settings = supervisor.ports, supervisor.settings
+    plan = Plan.of(settings, read_spec(Path(settings.model)))
     return (
-        f"trireme ready in {seconds:.1f} s: {Path(settings.model).name} as {FRONT} (pp={settings.num_stages}, link={settings.link}) "
+        f"trireme ready in {seconds:.1f} s: {Path(settings.model).name} as {FRONT} ({plan}, link={settings.link}) "
         f"on http {ports.address}:{ports.http}, grpc {ports.address}:{ports.grpc}, metrics {ports.address}:{ports.metrics}"
     )

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import trireme
 from trireme.core.refusal import Refusal
+from trireme.serve.checks import num_gpus
 
 _STUB = "triton_python_backend_stub"
 _UTILS = "triton_python_backend_utils.py"
@@ -145,7 +146,7 @@ def command(home: ServerHome, *, repository: Path, backend_dir: Path, ports: Por
     """The server's argument vector: explicit model control (so that dead models can be loaded again), all models loaded
     at once, a BLS thread pool of `thread_pool`, shared memory named `shm_prefix`..., and no CUDA pools of the server's own
     (it would open a context on each GPU; no device tensor of ours passes through it)."""
-    num_gpus = len(glob.glob("/dev/nvidia[0-9]*"))
+    gpus = num_gpus()
     # python-based backends take the options of `python`; under the name `trireme` they are ignored (seen on 24.10)
     python = {"thread-pool-size": thread_pool, "shm-region-prefix-name": shm_prefix, "shm-default-byte-size": SHM_BYTES_PER_STUB}
     return [
@@ -160,8 +161,8 @@ def command(home: ServerHome, *, repository: Path, backend_dir: Path, ports: Por
         f"--grpc-port={ports.grpc}",
         f"--metrics-port={ports.metrics}",
         *(f"--backend-config=python,{key}={value}" for key, value in python.items()),
-        *(f"--cuda-memory-pool-byte-size={gpu}:0" for gpu in range(num_gpus)),
-        f"--allow-gpu-metrics={'true' if num_gpus else 'false'}",
+        *(f"--cuda-memory-pool-byte-size={gpu}:0" for gpu in range(gpus)),
+        f"--allow-gpu-metrics={'true' if gpus else 'false'}",
         "--pinned-memory-pool-byte-size=0",
         "--exit-timeout-secs=10",  # a stub that died while stopping would hold the exit for that long
         "--exit-on-error=true",

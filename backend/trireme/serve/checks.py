@@ -1,4 +1,4 @@
-"""Start-up checks: what would hang or fail later and obscurely is refused here, in one line. Reads /proc, starts nothing."""
+"""Start-up checks: what would hang or fail later and obscurely is refused here, in one line. Reads /proc and /dev, starts nothing."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from trireme.core.settings import Settings
 from trireme.models.spec import read_spec
 from trireme.parallel.plan import Plan
 
+_DEVICES = Path("/dev")
 _SHM = "/dev/shm"
 _SHM_PER_MODEL = 8 << 20  # bytes: a stub's region starts at 1 MiB and grows with what is in flight
 
@@ -88,7 +89,7 @@ def check_server(settings: Settings, flags: ServerFlags) -> None:
 
 
 def check_checkpoint(settings: Settings) -> None:
-    """Refusal where the checkpoint is not there, of an unknown kind, or too small for these settings."""
+    """Refusal where the checkpoint is not there, of an unknown kind, too small for these settings, or cannot be spread as they ask."""
     model = Path(settings.model)
     fix = "set `model` in model.json to a checkpoint directory (`trireme fetch-demo` makes one)"
     if not (model / "config.json").exists():
@@ -103,6 +104,22 @@ def check_checkpoint(settings: Settings) -> None:
         )
     if settings.load_format != "dummy" and not any(model.glob("*.safetensors")):
         raise Refusal(f"no weights in {model}", why="there is no .safetensors file", fix=f"{fix}, or load_format to dummy")
+
+
+def num_gpus() -> int:
+    """GPUs that this process may open. No driver is asked: that would make a context, or import torch."""
+    return len(list(_DEVICES.glob("nvidia[0-9]*")))
+
+
+def check_devices(settings: Settings) -> None:
+    """Refusal where settings name a GPU that this host does not have."""
+    most, here = max((device for stage in settings.devices or [] for device in stage), default=-1), num_gpus()
+    if most >= here:
+        raise Refusal(
+            f"devices names GPU {most}, and this host has {here}",
+            why="GPUs are counted from 0, and each rank needs its own",
+            fix=f"name {settings.world} of those there are, or use fewer ranks" if here else "leave devices out: ranks compute on the CPU",
+        )
 
 
 def check_instance(config: dict[str, Any]) -> None:

@@ -33,7 +33,7 @@ from trireme.engine.sampling import Defaults, make_sampling
 from trireme.models.spec import read_spec
 from trireme.serve.answer import Answer
 from trireme.serve.bls import BlsStages
-from trireme.serve.checks import check_checkpoint, check_instance, check_server, server_flags
+from trireme.serve.checks import check_checkpoint, check_devices, check_instance, check_server, server_flags
 from trireme.serve.metrics import Reporter, Sample, samples, stage_samples
 from trireme.serve.place import model_json
 from trireme.serve.signature import OUTPUTS, Order, read_order
@@ -68,6 +68,7 @@ class Front:
         flags = server_flags()
         check_server(settings, flags)
         check_checkpoint(settings)
+        check_devices(settings)
         model = Path(settings.model)
         spec = read_spec(model)
         self._max_model_len = settings.max_model_len or spec.max_position_embeddings
@@ -126,7 +127,7 @@ class Front:
     def _samples(self) -> Iterator[Sample]:
         """For metrics. The engine asks stages only when something is wrong; here each is asked anew, so a death shows when idle, too."""
         for stage, state in enumerate(self._states):
-            yield from stage_samples(stage, state)
+            yield from stage_samples(stage, state, self._settings.ranks_per_stage)
             self._stages.post(stage, Parcel(pack_ask(Status())), _STATUS_S, functools.partial(self._hear, stage))
         yield from samples(self._engine.stats, self._stages)
 

@@ -98,14 +98,14 @@ def samples(stats: Stats, stages: BlsStages) -> Iterator[Sample]:
         yield Sample("stage_bubble_ratio", times.bubble_ratio, label)
 
 
-def stage_samples(stage: int, state: StageState | None) -> Iterator[Sample]:
+def stage_samples(stage: int, state: StageState | None, num_ranks: int) -> Iterator[Sample]:
     """Of one stage's own answer; None where it gives none, and then nothing is known of its ranks but that they serve nobody."""
     label = (("stage", str(stage)),)
     yield Sample("stage_ready", float(state is not None and state.state == "ready"), label)
     if state is not None:
         yield Sample("stage_reordered_steps", state.reordered, label)
         yield Sample("stage_rank_restarts", state.restarts, label)
-    for rank in state.ranks if state is not None else [RankState(0, "dead")]:
+    for rank in state.ranks if state is not None else [RankState(number, "dead") for number in range(num_ranks)]:
         for name in _RANK_STATES:
             yield Sample("rank_state", float(rank.state == name), (*label, ("rank", str(rank.rank)), ("state", name)))
 

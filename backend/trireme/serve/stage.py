@@ -11,7 +11,7 @@ import triton_python_backend_utils as pb_utils  # pyright: ignore[reportMissingI
 from trireme.core.control import Parcel
 from trireme.core.settings import read_settings
 from trireme.ranks.leader import Leader
-from trireme.serve.checks import check_checkpoint, check_instance
+from trireme.serve.checks import check_checkpoint, check_devices, check_instance
 from trireme.serve.place import leave, model_json, run_dir
 
 
@@ -22,6 +22,7 @@ class Stage:
         check_instance(config)
         settings = read_settings(model_json(args))
         check_checkpoint(settings)
+        check_devices(settings)
         stage = int(config["parameters"]["stage"]["string_value"])
         self._run_dir = run_dir()
         self._leader = Leader(settings, stage, self._run_dir)
