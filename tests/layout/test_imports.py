@@ -26,7 +26,7 @@ MAY_IMPORT = {
 BELOW = {"trireme.models.spec", "trireme.models.cost"}
 
 TORCH_FREE = ("trireme.core", "trireme.engine", "trireme.serve", "trireme.model", "trireme.parallel.plan", "trireme.models.planner")
-TORCH_FREE_RANKS = tuple(f"trireme.ranks.{name}" for name in ("leader", "launch", "channel", "local"))
+TORCH_FREE_RANKS = tuple(f"trireme.ranks.{name}" for name in ("leader", "launch", "pool", "channel", "local"))
 HEAVY = {"torch", "transformers", "flashinfer", "triton"}
 
 # `torch.distributed` for data, and for the store where they meet
