@@ -42,7 +42,7 @@ class Chained:
         self._lens = [0] * num_sequences
         self.decoders: list[list[Decoder]] = []  # [stage][rank]
         self._caches = []
-        self._boards = []
+        self.boards = []
         for stage in range(self.plan.pp):
             boards, decoders = Boards(), [build_decoder(model_dir, self.plan, stage, rank=rank) for rank in range(self.plan.ranks)]
             for decoder in decoders:
@@ -50,7 +50,7 @@ class Chained:
                 decoder.build.collectives.begin(boards.groups(decoder.build.collectives))
             self.decoders.append(decoders)
             self._caches.append([[keeps.allocate(shuffled.size, torch.device("cpu")) for keeps in each.keeps] for each in decoders])
-            self._boards.append(boards)
+            self.boards.append(boards)
 
     def forward(self, new: dict[int, Sequence[int]], *, all_rows: bool = True, regime: Regime = Regime()) -> torch.Tensor:
         """One step: tokens that each sequence gets. Logits [rows, V] of all of them in order, or of each one's last."""
@@ -84,7 +84,7 @@ class Chained:
             return decoder.forward(batch, deal, came)
 
         rows: list[torch.Tensor | None] = [None] * self.plan.ranks
-        for stage, boards in enumerate(self._boards):
+        for stage, boards in enumerate(self.boards):
             came = rows
             rows = list(on_every_rank(self.plan.ranks, lambda rank: run(rank, stage, came[rank]), boards))  # noqa: B023
         return torch.cat(rows[: self.plan.tp], dim=1)

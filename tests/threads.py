@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -33,34 +34,44 @@ class _Board:
         self._barrier.abort()
 
 
-class ThreadGroup:
-    """A Group (parallel/comm.py). `calls` lists its collectives with the rows that they moved."""
+class Traffic:
+    """What one rank did: its collectives by name, in order, and the bytes that it had to send for them."""
 
-    def __init__(self, board: _Board, place: int, size: int):
-        self.size, self.place = size, place
-        self.calls: list[tuple[str, int]] = []
-        self._board = board
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.num_bytes = 0.0
+
+    def note(self, call: str, num_bytes: float) -> None:
+        self.calls.append(call)
+        self.num_bytes += num_bytes
+
+
+class ThreadGroup:
+    """A Group (parallel/comm.py). A reduction for all counts as one whose result is dealt out, and then gathered."""
+
+    def __init__(self, board: _Board, place: int, size: int, axis: str, traffic: Traffic):
+        self._board, self._place, self._size, self._axis, self._traffic = board, place, size, axis, traffic
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        self.calls.append(("all_reduce", len(x)))
-        return torch.stack(self._board.exchange(self.place, x.clone())).sum(0)
+        self._traffic.note(f"all_reduce {self._axis}", 2 * x.nbytes * (self._size - 1) / self._size)
+        return torch.stack(self._board.exchange(self._place, x.clone())).sum(0)
 
     def all_gather(self, x: torch.Tensor, counts: list[int]) -> torch.Tensor:
-        self.calls.append(("all_gather", sum(counts)))
-        every = self._board.exchange(self.place, x.clone())
+        self._traffic.note(f"all_gather {self._axis}", x.nbytes * (self._size - 1))
+        every = self._board.exchange(self._place, x.clone())
         assert [len(part) for part in every] == counts
         return torch.cat(every)
 
     def reduce_scatter(self, x: torch.Tensor, counts: list[int]) -> torch.Tensor:
-        self.calls.append(("reduce_scatter", len(x)))
         assert len(x) == sum(counts)
-        return torch.stack(self._board.exchange(self.place, x.clone())).sum(0).split(counts)[self.place]
+        self._traffic.note(f"reduce_scatter {self._axis}", x.nbytes - x[: counts[self._place]].nbytes)
+        return torch.stack(self._board.exchange(self._place, x.clone())).sum(0).split(counts)[self._place]
 
     def all_to_all(self, x: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
-        self.calls.append(("all_to_all", len(x)))
         assert len(x) == sum(sent)
-        every = self._board.exchange(self.place, x.clone().split(sent))
-        came = [parts[self.place] for parts in every]
+        self._traffic.note(f"all_to_all {self._axis}", x.nbytes - x[: sent[self._place]].nbytes)
+        every = self._board.exchange(self._place, x.clone().split(sent))
+        came = [parts[self._place] for parts in every]
         assert [len(part) for part in came] == received
         return torch.cat(came)
 
@@ -69,16 +80,16 @@ class Boards:
     """The groups of one stage, found by what each rank's Collectives needs."""
 
     def __init__(self) -> None:
+        self.traffic: defaultdict[int, Traffic] = defaultdict(Traffic)  # by rank
         self._boards: dict[tuple[Span, int], _Board] = {}
         self._lock = threading.Lock()
 
     def groups(self, collectives: Collectives) -> Mapping[Span, ThreadGroup]:
-        found = {}
+        found, rank = {}, collectives.rank
         for span in collectives.spans:
-            key = span, span.members(collectives.rank)[0]
             with self._lock:
-                board = self._boards.setdefault(key, _Board(span.size))
-            found[span] = ThreadGroup(board, span.place(collectives.rank), span.size)
+                board = self._boards.setdefault((span, span.members(rank)[0]), _Board(span.size))
+            found[span] = ThreadGroup(board, span.place(rank), span.size, collectives.mesh.name_of(span), self.traffic[rank])
         return found
 
     def abort(self) -> None:

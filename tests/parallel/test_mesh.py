@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trireme.parallel.mesh import Mesh
@@ -55,6 +55,7 @@ def plans(draw: st.DrawFn) -> Plan:
 
 
 @given(plans())
+@settings(deadline=None)
 def test_every_axis_deals_out_the_world_and_views_cross_in_one_rank(plan: Plan):
     mesh = Mesh(plan)
     for axis in mesh.axes:

@@ -111,6 +111,12 @@ def test_both_debts_of_experts_are_paid_in_one_reduction():
     assert path(plan, lay_experts(ep=SUM, moe_tp=SUM), lay(tp=ROWS, cp=ROWS)) == ["reduce_scatter stage"]
 
 
+def test_sums_are_completed_on_the_fewest_rows():
+    plan = Plan(layer_cut=(1,), tp=2, cp=2)
+    assert path(plan, lay(tp=SUM, cp=ROWS), lay(cp=WHOLE)) == ["all_reduce tp", "all_gather cp"]
+    assert path(plan, lay(tp=SUM, cp=SUM), lay(cp=ROWS)) == ["reduce_scatter cp", "all_reduce tp"]
+
+
 def test_pairs_that_nothing_joins_are_refused_with_their_names():
     with pytest.raises(Refusal, match=r"no collective leads from lay\(\) to lay\(tp=SUM\) along tp"):
         path(Plan(layer_cut=(1,), tp=2), lay(cp=WHOLE), lay(tp=SUM, cp=WHOLE))

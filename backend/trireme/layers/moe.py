@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from trireme.core.batch import Batch
+from trireme.core.step import Regime
 from trireme.layers.block import Block, Build
 from trireme.layers.linear import Linear
 from trireme.layers.param import Param, by_columns, by_rows, by_slots
@@ -37,6 +38,9 @@ class Moe(Block):
         self.grouped_linear = build.choices("grouped_linear", num_slots=placement.slots_per_rank)
         self.silu_mul = build.choices("silu_mul", intermediate=width)
         self._top_k, self._renormalise = spec.num_experts_per_tok, spec.norm_topk_prob
+
+    def within(self, regime: Regime) -> tuple[str, ...]:
+        return self.strategy.within
 
     def forward(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
         weights, experts = self.route(self.router(x), self._top_k, self._renormalise)

@@ -23,6 +23,7 @@ class Strategy(Protocol):
     takes: Layout
     gives: Layout
     owes: str  # the axis over which what it gives is a sum still owed
+    within: tuple[str, ...]  # the collectives of a call
 
     def __call__(self, x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, compute: Compute) -> torch.Tensor:
         """x [T, H], its experts int64 [T, k] and their weights float32 [T, k] -> the weighted sums [T, H]."""
@@ -38,6 +39,7 @@ def make_strategy(kind: str, placement: Placement, collectives: Collectives) -> 
 
 class Gathered:
     takes, gives, owes = lay_experts(), lay_experts(ep=SUM, moe_tp=SUM), "experts"
+    within = ()
 
     def __init__(self, placement: Placement, place: int):
         self._placement, self._num_slots = placement, placement.slots_per_rank
@@ -59,6 +61,7 @@ class Dispatched:
 
     def __init__(self, placement: Placement, along: Along):
         self._placement, self._along = placement, along
+        self.within = ("all_to_all ep",) * 3 if along.size > 1 else ()  # counts, rows, results
 
     def __call__(self, x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, compute: Compute) -> torch.Tensor:
         """

@@ -91,9 +91,10 @@ class _Piece(NamedTuple):
 def moves(have: Layout, want: Layout, mesh: Mesh) -> tuple[Move, ...]:
     """The collectives from one layout to another, which may be of different views; no HOME is left in either.
 
-    Sums are completed first, on the fewest rows. Then rows are gathered from the inside out, and at last dealt out from the
-    outside in, since outer cuts are made first. Neighbouring pieces under the same collective are one: where ep and moe_tp
-    both owe, one reduction pays both. Refusal for a pair that no collective joins, or for two views that do not nest.
+    Rows are gathered from the inside out, and then dealt out from the outside in, since outer cuts are made first. A sum that
+    stays where it is completed while rows are fewest: before they are gathered, or after they are dealt out. Neighbouring
+    pieces under the same collective are one: where ep and moe_tp both owe, one reduction pays both. Refusal for a pair that no
+    collective joins, or for two views that do not nest.
     """
     pieces = _pieces(have, want, mesh)
     for span, *pair in pieces:
@@ -110,12 +111,14 @@ def moves(have: Layout, want: Layout, mesh: Mesh) -> tuple[Move, ...]:
     sliced = [p.span for p in pieces if (p.have, p.want) == (WHOLE, ROWS) or p in again]
 
     cut = _merge(p.span for p in pieces if p.have is ROWS)
-    path = [Move("all_reduce", span, cut, cut) for span in _merge(reduced)]
+    fewer = bool(scattered or sliced)
+    path = [] if fewer else [Move("all_reduce", span, cut, cut) for span in _merge(reduced)]
     for span in _merge(gathered):
         path.append(Move("all_gather", span, cut, cut := _without(cut, span)))
     for span in sorted(_merge(scattered) + _merge(sliced), reverse=True):
         collective = "reduce_scatter" if span in _merge(scattered) else "slice"
         path.append(Move(collective, span, cut, cut := _merge((*cut, span))))
+    path += [Move("all_reduce", span, cut, cut) for span in _merge(reduced)] if fewer else []
     return tuple(path)
 
 
