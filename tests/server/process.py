@@ -147,8 +147,8 @@ class ServerProcess:
     def stub(self, model: str) -> psutil.Process:
         return next(process for process in self.family() if any(word.startswith(f"{model}_0_") for word in process.cmdline()))
 
-    def rank(self, stage: int) -> psutil.Process:
-        return next(process for process in self.family() if f'"stage":{stage},' in "".join(process.cmdline()))
+    def rank(self, stage: int, rank: int = 0) -> psutil.Process:
+        return next(process for process in self.family() if f'"stage":{stage},"rank":{rank},' in "".join(process.cmdline()))
 
     def stop(self, *, cancelled: bool = False) -> None:
         """As a user does it; then nothing of it may be left.
