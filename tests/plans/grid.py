@@ -9,8 +9,10 @@ DENSE, MOE = ("llama", "qwen2", "qwen3"), ("qwen2_moe", "qwen3_moe")
 
 # Odd on purpose: 12 heads of which 6 share one key/value head, a vocabulary that nothing divides, four layers of 88 columns.
 SIZES = {"num_attention_heads": 12, "num_key_value_heads": 2, "num_hidden_layers": 4, "vocab_size": 251}
+# Eight ranks may share an expert's columns, but not those of the shared one (36): that is whole on each of them.
+_EXPERTS = {"moe_intermediate_size": 24}
 # For three ranks: 3 key/value heads.
-THIRDS = {**SIZES, "num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 90}
+_THIRDS = {"num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 90}
 
 FOR_ALL = [
     "tp2",
@@ -99,6 +101,11 @@ _WORDS: dict[str, dict[str, Any]] = {
     "tensor": {"link": "tensor"},
     "few": {"num_pages": 20, "async_depth": 2},  # pages: it preempts
 }
+
+
+def sizes_of(family: str, plan: str) -> dict[str, int]:
+    """What a plan's checkpoint has in place of the usual tiny sizes."""
+    return SIZES | (_EXPERTS if family in MOE else {}) | (_THIRDS if plan in FOR_THIRDS else {})
 
 
 def settings_of(plan: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from plans.grid import FEW, FOR_THIRDS, GRID, SIZES, THIRDS, settings_of
+from plans.grid import FEW, FOR_THIRDS, GRID, settings_of, sizes_of
 from plans.test_plans import make_prompts
 from plans.whole import assert_same_tokens, emissions_of
 from tiny import greedy_tokens, prompt_logits, tiny_checkpoint
@@ -35,10 +35,9 @@ class Oracle:
 
     def of(self, family: str, plan: str) -> tuple[Path, list[list[int]], list[torch.Tensor]]:
         """(checkpoint, greedy tokens of PROMPTS, log-probabilities at each position of each [L, V])."""
-        thirds = plan in FOR_THIRDS
-        name = f"{family}{' thirds' * thirds}"
+        name = f"{family} for three" if plan in FOR_THIRDS else family
         if name not in self._known:
-            folder = tiny_checkpoint(self._root / name, family, **(THIRDS if thirds else SIZES))
+            folder = tiny_checkpoint(self._root / name, family, **sizes_of(family, plan))
             logprobs = [prompt_logits(folder, prompt).log_softmax(-1) for prompt in PROMPTS]
             self._known[name] = folder, greedy_tokens(folder, PROMPTS, MORE_TOKENS), logprobs
         return self._known[name]
