@@ -4,10 +4,10 @@ TRIREME := .venv/bin/trireme
 PYTEST  := .venv/bin/python -m pytest
 MODEL   := models/SmolLM2-135M-Instruct/source.json
 
-.PHONY: help env demo serve chat test bench lint clean
+.PHONY: help env demo serve chat test test-plans bench lint clean
 
 help:     ## this list
-	@grep -hE '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
 
 env: .venv/.ready  ## .venv with everything in it: dependencies, tritonserver, the command line (PYTHON=, TRIREME_SYSTEM_SITE=1)
 
@@ -23,6 +23,10 @@ chat: env ## talk to a running server in the terminal
 test: env $(MODEL) ## lint, then every test tier this machine has hardware for (ARGS='-k name' for some)
 	.venv/bin/ruff check .
 	$(PYTEST) --durations=15 $(ARGS)
+
+test-plans: env ## the whole grid of plans against transformers, and the support matrix that follows (9 minutes on 2 cores)
+	$(PYTEST) -m "grid or not grid" tests/plans/test_grid.py $(ARGS)
+	$(TRIREME) plan --matrix --results build/plans.json
 
 bench: env $(MODEL) ## one stream offline, and eight through a server that `make serve` keeps: both against transformers
 	$(TRIREME) bench --offline --requests 3 --concurrency 1 --output-len 128 --peer transformers --output build/bench/offline
