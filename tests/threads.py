@@ -75,6 +75,9 @@ class ThreadGroup:
         assert [len(part) for part in came] == received
         return torch.cat(came)
 
+    def close(self) -> None:
+        self._board.abort()
+
 
 class Boards:
     """The groups of one stage, found by what each rank's Collectives needs."""

@@ -43,7 +43,7 @@ class Build:
     @cached_property
     def collectives(self) -> Collectives:
         """This rank's groups in its stage; each epoch fills them anew."""
-        return Collectives(Mesh(self.plan), self.rank)
+        return Collectives(Mesh(self.plan), self.rank, self.device)
 
     @cached_property
     def cos_sin(self) -> torch.Tensor:

@@ -44,8 +44,9 @@ class Along:
 class Collectives:
     """`along` what the model needs while it is built; `begin` an epoch with a group for each of `spans`; `leave` it."""
 
-    def __init__(self, mesh: Mesh, rank: int):
+    def __init__(self, mesh: Mesh, rank: int, device: torch.device | str = "cpu"):
         self.mesh, self.rank = mesh, rank  # inside the stage
+        self.device = torch.device(device)
         self._needed: set[Span] = set()
         self._groups: Mapping[Span, Group] = {}
 
@@ -67,7 +68,9 @@ class Collectives:
 
     def leave(self) -> None:
         """Drop the epoch's groups, which frees ranks that wait in them."""
-        self._groups = {}
+        groups, self._groups = self._groups, {}
+        for group in groups.values():
+            group.close()
 
     def group(self, span: Span) -> Group:
         """Nobody else keeps it, so that `leave` drops it. LinkLost between epochs."""

@@ -16,6 +16,7 @@ from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
+from torch._C._distributed_c10d import AllgatherOptions, AllreduceOptions, AllToAllOptions, ReduceScatterOptions
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore  # pyright: ignore[reportPrivateImportUsage]  # not in __all__
 
 _HOST = "127.0.0.1"  # stages of one server share a host
@@ -69,43 +70,111 @@ class Group(Protocol):
 
     def all_to_all(self, x: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor: ...
 
+    def close(self) -> None:
+        """Its end; members that wait in it are freed."""
+        ...
+
+
+def form_group(
+    store: TCPStore, epoch: int, name: str, place: int, size: int, timeout_s: float, device: torch.device
+) -> GlooGroup | NcclGroup:
+    """Blocks until all members are here."""
+    kind = GlooGroup if device.type == "cpu" else NcclGroup
+    return kind(_form(store, epoch, name, place, size, timeout_s, device), f"{name} of epoch {epoch}", place, size)
+
 
 class GlooGroup:
-    """A Group on CPUs. Sums are made in float32 and in the order of places, whoever keeps them, so that no rank's result
-    depends on which rank made it."""
+    """A Group on CPUs. Sums are made in float32, and those that are dealt out in the order of places, whoever keeps them, so
+    that no rank's result depends on which rank made it."""
 
-    def __init__(self, store: TCPStore, epoch: int, name: str, place: int, size: int, timeout_s: float):
-        self.name = f"{name} of epoch {epoch}"
-        self.size, self.place = size, place
-        self._group = _form(store, epoch, name, place, size, timeout_s)
+    def __init__(self, group: Any, name: str, place: int, size: int):
+        self._group: Any = group
+        self._name, self._place, self._size = name, place, size
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         summed = x.to(torch.float32).contiguous()
-        with _lost_as(self.name):
+        with _lost_as(self._name):
             self._group.allreduce([summed]).wait()
         return summed.to(x.dtype)
 
     def all_gather(self, x: torch.Tensor, counts: list[int]) -> torch.Tensor:
-        most, rest = max(counts), x.shape[1:]
-        mine = x.new_zeros(most, *rest)  # gloo gathers equal parts
-        mine[: len(x)] = x
-        every = x.new_empty(self.size * most, *rest)
-        with _lost_as(self.name):
-            self._group._allgather_base(every, mine).wait()
-        if min(counts) == most:
-            return every
-        return torch.cat([part[:count] for part, count in zip(every.split(most), counts, strict=True)])
+        most = max(counts)
+        every = x.new_empty(self._size * most, *x.shape[1:])
+        with _lost_as(self._name):
+            self._group._allgather_base(every, _padded(x, most)).wait()
+        return _without_padding(every, counts)
 
     def reduce_scatter(self, x: torch.Tensor, counts: list[int]) -> torch.Tensor:
-        mine = counts[self.place]
-        shares = self.all_to_all(x, counts, [mine] * self.size).view(self.size, mine, *x.shape[1:])
+        mine = counts[self._place]
+        shares = self.all_to_all(x, counts, [mine] * self._size).view(self._size, mine, *x.shape[1:])
         return shares.sum(0, dtype=torch.float32).to(x.dtype)
 
     def all_to_all(self, x: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
         came = x.new_empty(sum(received), *x.shape[1:])
-        with _lost_as(self.name):
+        with _lost_as(self._name):
             self._group.alltoall_base(came, x.contiguous(), received, sent).wait()
         return came
+
+    def close(self) -> None:
+        self._group = None
+
+
+class NcclGroup:
+    """A Group on GPUs. Collectives are put on the current stream, and so can be captured; nothing here waits for them."""
+
+    def __init__(self, group: Any, name: str, place: int, size: int):
+        self._group: Any = group
+        self._name, self._place, self._size = name, place, size
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.contiguous()
+        with _lost_as(self._name):
+            self._group.allreduce([x], _on_this_stream(AllreduceOptions()))
+        return x
+
+    def all_gather(self, x: torch.Tensor, counts: list[int]) -> torch.Tensor:
+        most = max(counts)
+        every = x.new_empty(self._size * most, *x.shape[1:])
+        with _lost_as(self._name):
+            self._group._allgather_base(every, _padded(x, most), _on_this_stream(AllgatherOptions()))
+        return _without_padding(every, counts)
+
+    def reduce_scatter(self, x: torch.Tensor, counts: list[int]) -> torch.Tensor:
+        most, mine = max(counts), counts[self._place]
+        if min(counts) < most:
+            x = torch.cat([_padded(part, most) for part in x.split(counts)])
+        share = x.new_empty(most, *x.shape[1:])
+        with _lost_as(self._name):
+            self._group._reduce_scatter_base(share, x.contiguous(), _on_this_stream(ReduceScatterOptions()))
+        return share[:mine]
+
+    def all_to_all(self, x: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
+        came = x.new_empty(sum(received), *x.shape[1:])
+        with _lost_as(self._name):
+            self._group.alltoall_base(came, x.contiguous(), received, sent, _on_this_stream(AllToAllOptions()))
+        return came
+
+    def close(self) -> None:
+        self._group.abort()
+
+
+def _on_this_stream(options: Any) -> Any:
+    options.asyncOp = False
+    return options
+
+
+def _padded(x: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """x with rows of zeros behind it: both backends gather and deal out equal parts."""
+    if len(x) == num_rows:
+        return x.contiguous()
+    return torch.cat([x, x.new_zeros(num_rows - len(x), *x.shape[1:])])
+
+
+def _without_padding(every: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    most = max(counts)
+    if min(counts) == most:
+        return every
+    return torch.cat([part[:count] for part, count in zip(every.split(most), counts, strict=True)])
 
 
 class Expected:
@@ -121,18 +190,19 @@ class Expected:
 
 
 class Pair:
-    """A gloo group of two. Messages keep their order. `depth`: a send is surely received once so many more were sent."""
+    """A group of two that sends rows. Messages keep their order. `depth`: a send is surely received once so many more were
+    sent. On a GPU each pair has a communicator and a stream of its own, so that sends overlap what is computed."""
 
-    def __init__(self, store: TCPStore, epoch: int, name: str, side: int, timeout_s: float, depth: int):
+    def __init__(self, store: TCPStore, epoch: int, name: str, side: int, timeout_s: float, depth: int, device: torch.device):
         self.name = f"{name} of epoch {epoch}"
-        self._group = _form(store, epoch, name, side, 2, timeout_s)
+        self._group: Any = _form(store, epoch, name, side, 2, timeout_s, device)
         self._peer = 1 - side
         self._sent: deque[tuple[torch.distributed.Work, torch.Tensor]] = deque()
-        self._depth = depth
+        self._depth, self._device = depth, device
 
     def send(self, tensor: torch.Tensor) -> None:
         """Returns at once; the tensor must not change afterwards."""
-        tensor = tensor.contiguous()
+        tensor = tensor.to(self._device).contiguous()
         with _lost_as(self.name):
             work = self._group.send([tensor], self._peer, 0)
             self._sent.append((work, tensor))
@@ -142,20 +212,36 @@ class Pair:
 
     def expect(self, *shape: int, dtype: torch.dtype) -> Expected:
         """The next message, which must have this shape; returns at once."""
-        tensor = torch.empty(*shape, dtype=dtype)
+        tensor = torch.empty(*shape, dtype=dtype, device=self._device)
         with _lost_as(self.name):
             work = self._group.recv([tensor], self._peer, 0)
         return Expected(self, work, tensor)
 
+    def close(self) -> None:
+        """Both ends are freed. gloo's ends with the last reference to it and to what is under way; NCCL's has to be told."""
+        if self._device.type != "cpu":
+            self._group.abort()
+        self._group = None
+        self._sent.clear()
 
-def _form(store: TCPStore, epoch: int, name: str, place: int, size: int, timeout_s: float) -> Any:
-    """A ProcessGroupGloo, of which torch's stubs know little. Blocks until all members are here."""
-    options = ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue]  # not in torch's stubs
-    options._devices = [ProcessGroupGloo.create_device(hostname=_HOST)]
-    options._timeout = timedelta(seconds=timeout_s)
-    options._threads = 1
+
+def _form(store: TCPStore, epoch: int, name: str, place: int, size: int, timeout_s: float, device: torch.device) -> Any:
+    """A ProcessGroup of torch, of which its stubs know little. Blocks until all members are here."""
+    meeting = PrefixStore(f"{epoch}/{name}", store)
     with _lost_as(f"{name} of epoch {epoch}"):
-        return ProcessGroupGloo(PrefixStore(f"{epoch}/{name}", store), place, size, options)
+        if device.type == "cpu":
+            options = ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue]  # not in torch's stubs
+            options._devices = [ProcessGroupGloo.create_device(hostname=_HOST)]
+            options._timeout = timedelta(seconds=timeout_s)
+            options._threads = 1
+            return ProcessGroupGloo(meeting, place, size, options)
+        from torch.distributed import ProcessGroupNCCL  # pyright: ignore[reportPrivateImportUsage]  # a CPU build has none
+
+        options = ProcessGroupNCCL.Options()
+        options._timeout = timedelta(seconds=timeout_s)
+        group = ProcessGroupNCCL(meeting, place, size, options)
+        group.eager_connect_single_device(device)
+        return group
 
 
 @contextlib.contextmanager

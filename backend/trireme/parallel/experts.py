@@ -39,7 +39,7 @@ def make_strategy(kind: str, placement: Placement, collectives: Collectives) -> 
 
 class Gathered:
     takes, gives, owes = lay_experts(), lay_experts(ep=SUM, moe_tp=SUM), "experts"
-    within = ()
+    within: tuple[str, ...] = ()
 
     def __init__(self, placement: Placement, place: int):
         self._placement, self._num_slots = placement, placement.slots_per_rank
@@ -61,7 +61,7 @@ class Dispatched:
 
     def __init__(self, placement: Placement, along: Along):
         self._placement, self._along = placement, along
-        self.within = ("all_to_all ep",) * 3 if along.size > 1 else ()  # counts, rows, results
+        self.within: tuple[str, ...] = ("all_to_all ep",) * 3 if along.size > 1 else ()  # counts, rows, results
 
     def __call__(self, x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, compute: Compute) -> torch.Tensor:
         """

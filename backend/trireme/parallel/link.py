@@ -1,6 +1,6 @@
 """Link: how hidden rows go from stage to stage, and sampled tokens back to stage 0. Three forms; a runner sees one.
 
-collective   rank to rank by gloo:   stage 0 --edge_0--> stage 1 --edge_1--> stage 2 --return--> stage 0
+collective   rank to rank (gloo, NCCL):   stage 0 --edge_0--> stage 1 --edge_1--> stage 2 --return--> stage 0
 tensor       in the Parcel of the call and of its answer: plain BLS chaining, no tokens back
 solo         one stage: no rows; tokens go from its end to its beginning
 
@@ -19,7 +19,7 @@ import torch
 
 from trireme.core.settings import Settings
 from trireme.parallel.collectives import Collectives
-from trireme.parallel.comm import GlooGroup, LinkLost, Pair, meet, reach_store
+from trireme.parallel.comm import LinkLost, Pair, form_group, meet, reach_store
 
 
 class ExpectedTokens(Protocol):
@@ -72,7 +72,7 @@ def form_link(
     groups = {}
     for span in collectives.spans:
         name = f"stage_{stage}.{collectives.mesh.group_of(span, rank).name}"
-        groups[span] = GlooGroup(meeting, epoch, name, span.place(rank), span.size, limit_s)
+        groups[span] = form_group(meeting, epoch, name, span.place(rank), span.size, limit_s, collectives.device)
     collectives.begin(groups)
     if num_stages == 1:
         return SoloLink()
@@ -80,7 +80,7 @@ def form_link(
         return TensorLink(stage, rank, hidden=hidden, dtype=dtype)
 
     def pair(name: str, side: int) -> Pair:
-        return Pair(meeting, epoch, f"{name}.{rank}", side, limit_s, depth=settings.inflight)
+        return Pair(meeting, epoch, f"{name}.{rank}", side, limit_s, settings.inflight, collectives.device)
 
     before = pair(f"edge_{stage - 1}", 1) if stage > 0 else None
     after = pair(f"edge_{stage}", 0) if stage < num_stages - 1 else None
