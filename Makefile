@@ -24,7 +24,7 @@ test: env $(MODEL) ## lint, then every test tier this machine has hardware for (
 	.venv/bin/ruff check .
 	$(PYTEST) --durations=15 $(ARGS)
 
-test-plans: env ## the whole grid of plans against transformers, and the support matrix that follows (9 minutes on 2 cores)
+test-plans: env ## the whole grid of plans against transformers, and the support matrix that follows (7 minutes on 2 cores)
 	$(PYTEST) -m "grid or not grid" tests/plans/test_grid.py $(ARGS)
 	$(TRIREME) plan --matrix --results build/plans.json
 
