@@ -10,7 +10,7 @@ import pytest
 from trireme.core.refusal import Refusal
 from trireme.core.settings import make_settings
 from trireme.serve import checks
-from trireme.serve.checks import ServerFlags, check_checkpoint, check_devices, check_instance, check_server
+from trireme.serve.checks import ServerFlags, check_checkpoint, check_instance, check_server
 
 
 def settings(**values):
@@ -95,18 +95,6 @@ def test_plan_that_the_checkpoint_does_not_allow(tmp_path, sizes, sentence):
     values = {f"{name}_parallel_size": size for name, size in sizes.items()}
     with pytest.raises(Refusal, match=sentence):
         check_checkpoint(settings(model=str(tmp_path), load_format="dummy", **values))
-
-
-def test_devices_that_are_not_here(tmp_path, monkeypatch):
-    monkeypatch.setattr(checks, "_DEVICES", tmp_path)
-    check_devices(settings(tensor_parallel_size=2))
-    with pytest.raises(Refusal, match=r"devices names GPU 0, and this host has 0.*leave devices out"):
-        check_devices(settings(devices=[[0]]))
-    for name in ("nvidiactl", "nvidia-uvm", "nvidia0", "nvidia1"):
-        (tmp_path / name).touch()
-    check_devices(settings(tensor_parallel_size=2, devices=[[1, 0]]))
-    with pytest.raises(Refusal, match=r"devices names GPU 2, and this host has 2.*name 2 of those there are"):
-        check_devices(settings(pipeline_parallel_size=2, devices=[[1], [2]]))
 
 
 def test_unknown_kind_of_checkpoint(tmp_path):

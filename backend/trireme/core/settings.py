@@ -26,7 +26,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, fo
     max_micro_batch_size: int | None = None  # decoding sequences of one step; None: ready decodes / pp
     max_queue_size: int = 1024  # requests waiting; one more is refused as unavailable
     enable_prefix_caching: bool = True
-    kv_cache_memory_bytes: int = 1 << 30  # of one rank's pages
+    kv_cache_memory_bytes: int | None = None  # of one rank's pages; None: what is free on a GPU, 1 GiB on a CPU
+    gpu_memory_utilization: float = 0.9  # the part of a GPU's memory that a rank may fill
+    enforce_eager: bool = False  # no CUDA graphs
     num_pages: int | None = None  # exact number of pages, in place of bytes
     pipeline_parallel_size: int = 1
     tensor_parallel_size: int = 1  # of attention and dense layers
@@ -35,7 +37,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, fo
     moe_data_parallel_size: int = 1  # copies of the experts in a stage
     sequence_parallel: Literal["off", "on"] | int = "off"  # a number: rows of a step from which it is on
     experts: Literal["gathered", "dispatched"] = "gathered"  # how rows and experts meet
-    devices: list[list[int]] | None = None  # of the ranks of each stage; None: the first ones there are
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where this host has a GPU for every rank
+    devices: list[list[int]] | None = None  # GPUs of the ranks of each stage; None: the first ones there are
     layer_cut: list[int] | None = None  # layers of each stage; None: by the cost model
     async_depth: int = 1  # steps in flight beyond pp
     link: Literal["collective", "tensor"] = "collective"  # how rows go from stage to stage
@@ -134,6 +137,7 @@ _AT_LEAST = {
     "max_micro_batch_size": 1,
     "max_queue_size": 1,
     "kv_cache_memory_bytes": 1,
+    "gpu_memory_utilization": 0.01,
     "num_pages": 1,
     "pipeline_parallel_size": 1,
     "tensor_parallel_size": 1,
@@ -168,6 +172,12 @@ def make_settings(values: dict[str, Any]) -> Settings:
         value = getattr(settings, name)
         if value is not None and value < least:
             raise Refusal(f"{name}={value} is too small", why=f"it must be at least {least}", fix=f"set {name}={least} or more")
+    if settings.gpu_memory_utilization > 1:
+        raise Refusal(
+            f"gpu_memory_utilization={settings.gpu_memory_utilization:g} is too much",
+            why="a GPU has no more memory than all of it",
+            fix="set a part of 1, such as 0.9",
+        )
     if settings.layer_cut is not None and len(settings.layer_cut) != settings.num_stages:
         raise Refusal(
             f"layer_cut names {len(settings.layer_cut)} stages but pipeline_parallel_size is {settings.num_stages}",
@@ -191,6 +201,8 @@ def _check_sequence_parallel(value: object) -> None:
 def _check_devices(devices: list[list[int]], settings: Settings) -> None:
     """Refusal unless every rank of every stage has a device of its own."""
     num_stages, num_ranks = settings.num_stages, settings.ranks_per_stage
+    if settings.device == "cpu":
+        raise Refusal("devices names GPUs, and device is cpu", why="they contradict each other", fix="leave one of them out")
     fix = f"name {num_ranks} for each of {num_stages} stage(s), or leave devices out"
     if len(devices) != num_stages:
         why = "each stage needs devices of its own"

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from trireme.core.batch import Batch
+from trireme.core.devices import place_ranks
 from trireme.core.log import logger
 from trireme.core.refusal import Refusal
 from trireme.core.settings import Settings
@@ -38,8 +39,9 @@ def load_runner(settings: Settings, stage: int, rank: int, progress: Callable[[s
     model_dir = Path(settings.model)
     spec = read_spec(model_dir)
     plan = Plan.of(settings, spec)
-    device = torch.device("cpu")
-    dtype = torch.float32 if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    device = _device(settings, stage, rank)
+    auto = "float32" if device.type == "cpu" else spec.dtype
+    dtype = getattr(torch, auto if settings.dtype == "auto" else settings.dtype)
     choices = Choices(device.type, dtype)
     log = logger(f"stage_{stage} rank {rank}")
     decoder = build_stage(Build(spec, plan, stage, device, dtype, choices, rank=rank))
@@ -57,6 +59,23 @@ def load_runner(settings: Settings, stage: int, rank: int, progress: Callable[[s
     )
     log.info("loaded %s; %d pages; implementations:\n%s", manifest, runner.num_pages, choices.table())
     return runner
+
+
+def _device(settings: Settings, stage: int, rank: int) -> torch.device:
+    """Where this rank computes, made current. A process sees all GPUs of its host and is told which is its own, since a worker
+    of a pool is one rank after another, and CUDA reads what the environment shows only once."""
+    placed = place_ranks(settings)
+    if placed is None:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise Refusal(
+            f"torch {torch.__version__} finds no GPU, and this host has one",
+            why="it is a build for CPUs, or does not fit the driver",
+            fix="install a torch for CUDA where ranks run (TRIREME_PYTHON), or set device to cpu",
+        )
+    device = torch.device("cuda", placed[stage][rank])
+    torch.cuda.set_device(device)
+    return device
 
 
 def _in_percent(progress: Callable[[str], None]) -> Callable[[int, int], None]:
@@ -211,10 +230,11 @@ class Runner:
 
     def _num_pages_of_bytes(self) -> int:
         page_bytes = sum(keep.bytes_per_page for keep in self._decoder.keeps)
-        num_pages = self._settings.kv_cache_memory_bytes // page_bytes
+        num_bytes = self._settings.kv_cache_memory_bytes or 1 << 30
+        num_pages = num_bytes // page_bytes
         if not num_pages:
             raise Refusal(
-                f"kv_cache_memory_bytes={self._settings.kv_cache_memory_bytes} holds no page",
+                f"kv_cache_memory_bytes={num_bytes} holds no page",
                 why=f"a page of {PAGE} tokens takes {page_bytes} bytes in stage_{self._stage}",
                 fix="raise kv_cache_memory_bytes",
             )

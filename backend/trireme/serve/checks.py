@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trireme.core.devices import place_ranks
 from trireme.core.refusal import Refusal
 from trireme.core.settings import Settings
 from trireme.models.spec import read_spec
 from trireme.parallel.plan import Plan
 
-_DEVICES = Path("/dev")
 _SHM = "/dev/shm"
 _SHM_PER_MODEL = 8 << 20  # bytes: a stub's region starts at 1 MiB and grows with what is in flight
 
@@ -106,20 +106,9 @@ def check_checkpoint(settings: Settings) -> None:
         raise Refusal(f"no weights in {model}", why="there is no .safetensors file", fix=f"{fix}, or load_format to dummy")
 
 
-def num_gpus() -> int:
-    """GPUs that this process may open. No driver is asked: that would make a context, or import torch."""
-    return len(list(_DEVICES.glob("nvidia[0-9]*")))
-
-
 def check_devices(settings: Settings) -> None:
-    """Refusal where settings name a GPU that this host does not have."""
-    most, here = max((device for stage in settings.devices or [] for device in stage), default=-1), num_gpus()
-    if most >= here:
-        raise Refusal(
-            f"devices names GPU {most}, and this host has {here}",
-            why="GPUs are counted from 0, and each rank needs its own",
-            fix=f"name {settings.world} of those there are, or use fewer ranks" if here else "leave devices out: ranks compute on the CPU",
-        )
+    """Refusal where settings need a GPU that this host does not have."""
+    place_ranks(settings)
 
 
 def check_instance(config: dict[str, Any]) -> None:

@@ -88,15 +88,15 @@ def _account(checkpoint: Checkpoint, sorting: Sorting, read_bytes: int, param_by
 def fill_dummy(decoder: Decoder, seed: int = 0) -> Manifest:
     """Noise that depends on the seed and a tensor's name alone, so that any plan has the same model: tensors are made whole,
     one part of one expert at a time, and cut like a checkpoint's. Norms are one. For measuring, and for tests without a
-    checkpoint."""
+    checkpoint. Made where the weights live (a GPU takes seconds for billions), whose kind of device has numbers of its own."""
     num_bytes = 0
     for name, param in decoder.params():
         for part, expert in param.cells():
             if param.dim() == 1 and name.endswith("norm"):
-                whole = torch.ones(param.shape)
+                whole = torch.ones(param.shape, device=param.device)
             else:
-                noise = torch.Generator().manual_seed(zlib.crc32(f"{_origin(decoder, name)} {part} {expert}".encode(), seed))
-                whole = torch.empty(param.tensor_shape((part,), expert)).normal_(0.0, 0.02, generator=noise)
+                noise = torch.Generator(param.device).manual_seed(zlib.crc32(f"{_origin(decoder, name)} {part} {expert}".encode(), seed))
+                whole = torch.empty(param.tensor_shape((part,), expert), device=param.device).normal_(0.0, 0.02, generator=noise)
             [piece] = param.pieces((part,), expert)
             param.data[piece.target].copy_(whole[piece.source])
         num_bytes += param.nbytes
