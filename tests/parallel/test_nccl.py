@@ -1,0 +1,136 @@
+"""Groups and pairs on two GPUs: NCCL gives what gloo gives, can be captured, and an epoch's end frees a rank whose peer is gone."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from trireme.parallel.comm import Pair, StoreHost, form_group, reach_store
+
+pytestmark = [pytest.mark.gpus, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
+
+LIMIT_S = 30.0
+
+
+def _rank(work: Callable[..., Any], place: int, store: str, epoch: int, answers: Any) -> None:
+    os.environ |= {"NCCL_NVLS_ENABLE": "0", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
+    torch.cuda.set_device(place)
+    answers.put((place, work(place, reach_store(store, LIMIT_S), epoch, torch.device("cuda", place))))
+
+
+def on_two(work: Callable[..., Any], epoch: int, *, wait_for: tuple[int, ...] = (0, 1)) -> dict[int, Any]:
+    """work(place, store, epoch, device) in a process for each GPU; what the places of `wait_for` return."""
+    context, host = multiprocessing.get_context("spawn"), StoreHost(LIMIT_S)
+    answers = context.Queue()
+    ranks = [context.Process(target=_rank, args=(work, place, host.address, epoch, answers)) for place in range(2)]
+    for rank in ranks:
+        rank.start()
+    found = {}
+    try:
+        while set(wait_for) - set(found):
+            place, answer = answers.get(timeout=120)
+            found[place] = answer
+    except queue.Empty:
+        raise AssertionError(f"only {sorted(found)} answered") from None
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.join()
+    return found
+
+
+def rows_of(place: int, num_rows: int, dtype: torch.dtype) -> torch.Tensor:
+    return (torch.arange(num_rows * 4).view(num_rows, 4) % 7 + place).to(dtype)
+
+
+def collectives(place: int, store: Any, epoch: int, device: torch.device) -> list[list]:
+    groups = [
+        form_group(store, epoch, f"on {kind}", place, 2, LIMIT_S, on)
+        for kind, on in (("cpu", torch.device("cpu")), ("cuda", device))
+    ]  # fmt: skip
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for group, where in zip(groups, ("cpu", device), strict=True):
+            sent, received = ([1, 2], [1, 4]) if place == 0 else ([4, 3], [2, 3])
+            found += [
+                group.all_reduce(rows_of(place, 5, dtype).to(where)).tolist(),
+                group.all_gather(rows_of(place, 3 + place, dtype).to(where), [3, 4]).tolist(),
+                group.reduce_scatter(rows_of(place, 5, dtype).to(where), [2, 3]).tolist(),
+                group.all_to_all(rows_of(place, sum(sent), dtype).to(where), sent, received).tolist(),
+            ]
+    for group in groups:
+        group.close()
+    return found
+
+
+def test_nccl_gives_what_gloo_gives():
+    for found in on_two(collectives, 1).values():
+        for start in (0, 8):  # small whole numbers: exact in both types
+            assert found[start + 4 : start + 8] == found[start : start + 4]
+
+
+def captured(place: int, store: Any, epoch: int, device: torch.device) -> list[float]:
+    group = form_group(store, epoch, "captured", place, 2, LIMIT_S, device)
+    x, out = torch.zeros(8, 4, device=device), torch.zeros(8, 4, device=device)
+    group.all_reduce(x.clone())  # once outside, as capture asks
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        out.copy_(group.all_reduce(x + 1))
+    found = []
+    for value in (1.0, 5.0):
+        x.fill_(value * (place + 1))
+        graph.replay()
+        found.append(out.mean().item())
+    del graph
+    group.close()
+    return found
+
+
+def test_a_collective_is_captured_and_replayed():
+    assert list(on_two(captured, 2).values()) == [[5.0, 17.0], [5.0, 17.0]]
+
+
+def twins(place: int, store: Any, epoch: int, device: torch.device) -> float:
+    pair = Pair(store, epoch, "edge", place, LIMIT_S, 3, device)
+    worst = 0.0
+    for number in range(20):
+        if place == 0:
+            pair.send(torch.full((number + 1, 64), float(number), device=device))
+        else:
+            worst = max(worst, (pair.expect(number + 1, 64, dtype=torch.float32).wait() - number).abs().max().item())
+    torch.cuda.synchronize()
+    pair.close()
+    return worst
+
+
+def test_rows_pass_from_twin_to_twin():
+    assert on_two(twins, 3)[1] == 0.0
+
+
+def bereft(place: int, store: Any, epoch: int, device: torch.device) -> tuple[float, float]:
+    """(seconds until the end of the epoch freed this rank, a sum computed after it)."""
+    group = form_group(store, epoch, "broken", place, 2, LIMIT_S, device)
+    x = group.all_reduce(torch.ones(4, device=device))
+    torch.cuda.synchronize()
+    if place == 1:
+        os._exit(1)
+    time.sleep(0.5)
+    threading.Timer(1.0, group.close).start()
+    began = time.monotonic()
+    group.all_reduce(x)
+    torch.cuda.synchronize()  # nobody answers
+    return time.monotonic() - began, torch.ones(8, device=device).sum().item()
+
+
+def test_the_end_of_an_epoch_frees_a_rank_whose_peer_is_gone():
+    waited, after = on_two(bereft, 4, wait_for=(0,))[0]
+    assert waited < 10 and after == 8.0
