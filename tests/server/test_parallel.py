@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from server.process import ServerProcess
-from server.test_life import GREEDY, ask_many
+from server.test_life import ask_many
 from tiny import greedy_tokens, random_prompts, tiny_checkpoint
 
 SIZES = {"num_attention_heads": 12, "num_key_value_heads": 2, "num_hidden_layers": 4}
