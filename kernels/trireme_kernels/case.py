@@ -1,9 +1,10 @@
-"""Case: what an implementation may ask before it says that it fits. No choice is made here."""
+"""Case: what an implementation may ask before it says that it fits. Work: the least that it must do. No choice is made here."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -19,3 +20,10 @@ class Case:
     def __str__(self) -> str:
         sizes = "".join(f" {name}={size}" for name, size in self.sizes.items())
         return f"{self.device} {str(self.dtype).removeprefix('torch.')}{sizes}"
+
+
+class Work(NamedTuple):
+    """The least that an op does on its inputs, whatever the implementation: each input read once, each result written once."""
+
+    moved_bytes: int
+    flops: int = 0  # of matrix products

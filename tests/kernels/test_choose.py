@@ -20,7 +20,7 @@ def test_cpu_gets_the_reference_and_the_table_says_why():
     choices("penalise")
     assert choices.table().splitlines() == [
         "rms_norm  hidden=8  reference  not tl: runs on cuda, not on cpu",
-        "penalise            reference",
+        "penalise            reference  not tl: runs on cuda, not on cpu",
     ]
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from trireme_kernels.choose import Choices
+from trireme_kernels.case import Case
+from trireme_kernels.choose import Choices, build, misfit
 from trireme_kernels.sample.noise import gumbel
 from trireme_kernels.sample.reference import survivors
 
@@ -173,3 +174,35 @@ def test_narrow_settings_are_greedy_and_bans_hold():
 def test_no_rows():
     empty = torch.empty(0, dtype=torch.int64)
     assert sample(torch.empty(0, 10), empty, empty).shape == (0,)
+
+
+@pytest.mark.parametrize("vocab", [900, 3000])
+@pytest.mark.parametrize("kind", ["plain", "ties", "bans", "parts"])
+def test_the_kernel_draws_the_same_tokens(kind, vocab):
+    """Every mix of filters, on rows with many equals (which of them survive top_p is part of the definition) or bans; the
+    same noise, bit for bit but for what logarithms round."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    case = Case(device, torch.float32, {"vocab": vocab})
+    reason = misfit("sample", "tl", case, forced=True)
+    if reason is not None:
+        pytest.skip(reason)
+    draw, rows = torch.Generator().manual_seed(vocab), 48
+    logits = torch.randn(rows, vocab, generator=draw) * 4
+    if kind == "ties":
+        logits = logits.mul_(2).round_().div_(2)
+    if kind == "bans":
+        logits[:, ::3] = -torch.inf
+    given = [
+        logits,
+        torch.tensor([0.0, 0.7, 1.0, 2.0]).repeat(rows // 4),
+        torch.tensor([0, 40, 0]).repeat(rows // 3),
+        torch.tensor([1.0, 0.9, 0.95, 1.0, 0.5, 1.0]).repeat(rows // 6),
+        torch.tensor([0.0] * 6 + [0.1, 0.0]).repeat(rows // 8),
+        torch.randint(-(2**62), 2**62, (rows,), generator=draw),
+        torch.randint(0, 9999, (rows,), generator=draw),
+        torch.randint(1, 5, (rows, vocab), generator=draw).cumsum(dim=-1) if kind == "parts" else None,
+    ]
+    expected = build("sample", "reference", Case("cpu", torch.float32))(*given)
+    found = build("sample", "tl", case)(*(x if x is None else x.to(device) for x in given))
+    assert torch.equal(found[0].cpu(), expected[0])
+    torch.testing.assert_close(found[1].cpu(), expected[1], atol=1e-5, rtol=1e-5)

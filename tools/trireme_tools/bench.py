@@ -1,4 +1,4 @@
-"""`trireme bench`: load on a running server, or the engine alone (--offline), beside transformers where asked. JSON and a plot."""
+"""`trireme bench`: load on a running server, or the engine alone (--offline), with JSON and a plot; or the ops alone (--ops)."""
 
 from __future__ import annotations
 
@@ -41,10 +41,18 @@ def bench(
     rate: Annotated[float | None, typer.Option(help="Requests a second (Poisson), in place of --concurrency.", min=0.001)] = None,
     peer: Annotated[Literal["transformers"] | None, typer.Option(help="Measure it on the same prompts, after ours.")] = None,
     seed: int = 0,
+    ops: Annotated[bool, typer.Option(help="Only the kernels, on shapes of real models, against what this machine can do.")] = False,
+    op: Annotated[str | None, typer.Option(help="With --ops: this one alone.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="With --ops: JSON in place of a table.")] = False,
     output: Annotated[Path, typer.Option(help="Where to write NAME.json and NAME.png.")] = Path("build/bench/bench"),
     chosen: dict[str, Any],
 ) -> None:
     """Measure time to first token, inter-token latency and throughput."""
+    if ops:
+        from trireme_tools.ops_bench import bench_ops
+
+        bench_ops(op, as_json)
+        return
     from trireme_tools.serve import settings_of
 
     settings, console = settings_of(model, chosen), Console(stderr=True)

@@ -1,12 +1,15 @@
-"""Cases and inputs of add_rms_norm, for tests."""
+"""Cases and inputs of add_rms_norm, for tests and benchmarks."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from trireme_kernels.add_rms_norm.op import AddRmsNorm
-from trireme_kernels.case import Case
+from trireme_kernels.case import Case, Work
 
 CASES = (
     Case("cpu", torch.float32, {"hidden": 576, "rows": 5}),
@@ -14,12 +17,14 @@ CASES = (
     Case("cpu", torch.float32, {"hidden": 64, "rows": 1}),
     Case("cpu", torch.bfloat16, {"hidden": 40, "rows": 3}),
 )
+# Qwen3-8B
+BENCH = tuple(Case("cpu", torch.bfloat16, {"hidden": 4096, "rows": rows}) for rows in (1, 32, 256, 8192))
 
 
 def inputs(case: Case, seed: int) -> tuple[Tensor, Tensor, Tensor, float]:
-    rows, hidden, draw = case.sizes["rows"], case.sizes["hidden"], torch.Generator().manual_seed(seed)
+    rows, hidden, draw = case.sizes["rows"], case.sizes["hidden"], torch.Generator(case.device).manual_seed(seed)
     x, residual, weight = (
-        torch.randn(*shape, generator=draw).to(case.device, case.dtype) for shape in ((rows, hidden), (rows, hidden), (hidden,))
+        torch.randn(*shape, generator=draw, device=case.device).to(case.dtype) for shape in ((rows, hidden), (rows, hidden), (hidden,))
     )
     return x, residual, weight, 1e-5
 
@@ -27,3 +32,13 @@ def inputs(case: Case, seed: int) -> tuple[Tensor, Tensor, Tensor, float]:
 def results(op: AddRmsNorm, inputs: tuple) -> tuple[Tensor, ...]:
     """All that the op computes."""
     return op(*inputs)
+
+
+def timed(op: AddRmsNorm, inputs: tuple) -> Callable[[], Any]:
+    """What a benchmark repeats."""
+    return lambda: op(*inputs)
+
+
+def work(inputs: tuple) -> Work:
+    x, residual, weight, _ = inputs
+    return Work(2 * x.nbytes + 2 * residual.nbytes + weight.nbytes)

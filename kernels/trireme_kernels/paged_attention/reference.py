@@ -87,6 +87,9 @@ class Reference:
         outs = [self._attend(part, k_pool, v_pool, dense) for part, dense in zip(rows, plan.groups, strict=True)]
         return torch.cat(outs).index_select(0, plan.back)
 
+    def captured(self, batch_size: int, max_pages: int) -> None:
+        """None: groups of like lengths are other launches at every step."""
+
     def _attend(self, q: Tensor, k_pool: Tensor, v_pool: Tensor, dense: _Dense) -> Tensor:  # [n * L, Hq, D] -> [n * L, Hq, D]
         n, heads, shared = dense.num_items, self.num_kv_heads, self.shared
         q = q.view(n, -1, heads, shared, self.head_dim).permute(2, 0, 3, 1, 4)  # [Hk, n, G, L, D]

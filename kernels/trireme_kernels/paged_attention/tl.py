@@ -18,7 +18,8 @@ from torch import Tensor
 
 from trireme_kernels.case import Case
 from trireme_kernels.paged_attention.groups import cut_queries
-from trireme_kernels.paged_attention.op import PAGE, PagedAttention
+from trireme_kernels.paged_attention.op import PAGE, CapturedDecode, PagedAttention
+from trireme_kernels.paged_attention.upload import upload
 
 _DECODE_ROWS, _PREFILL_ROWS, _KEYS = 16, 64, 64  # of one tile: (query, head) rows, and keys; a product needs 16 at least
 
@@ -50,8 +51,7 @@ class Tiled:
         rows = _DECODE_ROWS if np.max(query_lens, initial=0) <= 1 else _PREFILL_ROWS
         rows = max(rows, triton.next_power_of_2(self.shared))
         blocks = np.stack(cut_queries(np.asarray(query_lens), np.asarray(kv_lens), rows // self.shared)).astype(np.int32)
-        table = torch.as_tensor(page_table, dtype=torch.int32, device=self.device)
-        return _Plan(table.contiguous(), torch.from_numpy(blocks).to(self.device), rows)
+        return _Plan(upload(np.asarray(page_table, np.int32), self.device), upload(blocks, self.device), rows)
 
     def run(self, q: Tensor, k_pool: Tensor, v_pool: Tensor, plan: _Plan) -> Tensor:
         head_dim, num_kv_heads = q.shape[2], k_pool.shape[1]
@@ -83,6 +83,27 @@ class Tiled:
                 WIDEN=not q.is_cuda,  # the interpreter multiplies bfloat16 matrices wrongly: it holds them as integers
             )
         return out
+
+    def captured(self, batch_size: int, max_pages: int) -> CapturedDecode:
+        return _Captured(self, batch_size, max_pages)
+
+
+class _Captured:
+    def __init__(self, op: Tiled, batch_size: int, max_pages: int):
+        self._op = op
+        one = np.ones(batch_size, np.int32)
+        self._plan = op.plan(one, one, np.zeros((batch_size, max_pages), np.int32))
+
+    def plan(self, kv_lens: np.ndarray, page_table: np.ndarray | Tensor) -> None:
+        num_items, width = page_table.shape
+        lens = np.ones(len(self._plan.page_table), np.int32)
+        lens[:num_items] = kv_lens
+        fresh = self._op.plan(np.ones_like(lens), lens, page_table)
+        self._plan.blocks.copy_(fresh.blocks)
+        self._plan.page_table[:num_items, :width].copy_(fresh.page_table)
+
+    def run(self, q: Tensor, k_pool: Tensor, v_pool: Tensor) -> Tensor:
+        return self._op.run(q, k_pool, v_pool, self._plan)
 
 
 @triton.jit
