@@ -119,6 +119,17 @@ def test_meeting_names_who_is_missing_and_can_be_given_up(store):
         reach_store("127.0.0.1:1", 0.5)
 
 
+def test_one_that_came_and_died_holds_up_nobody(store):
+    """It took its seat and forms nothing; the others are told before their time limit."""
+    epoch, give_up = next(epochs), threading.Event()
+    reach_store(store, 5.0).set(f"{epoch}/seat/1", "taken")
+    threading.Timer(0.2, give_up.set).start()
+    began = time.monotonic()
+    with pytest.raises(LinkLost, match="given up"):
+        form(settings(2, step_timeout_s=8.0), 0, epoch, store, give_up=give_up.is_set)
+    assert time.monotonic() - began < 4
+
+
 def _stage_1(address: str, epochs: list[int]) -> None:
     for epoch in epochs:
         link = form(settings(2), 1, epoch, address)

@@ -38,6 +38,8 @@ def test_steps_are_answered_by_number_whatever_their_arrival(lead):
     threads = [threading.Thread(target=front.post, args=(steps[number],)) for number in shuffled[:4]]
     for thread in threads:
         thread.start()
+    for thread in threads:
+        thread.join()  # else one that the machine forgets for a while would be more than the window behind
     for number in shuffled[4:]:
         front.post(steps[number])
         if number % 4 == 3:

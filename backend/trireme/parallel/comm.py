@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import re
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any, Protocol
+from queue import Empty, SimpleQueue
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch._C._distributed_c10d import AllgatherOptions, AllreduceOptions, AllToAllOptions, ReduceScatterOptions
@@ -21,6 +23,8 @@ from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore  # pyright
 
 _HOST = "127.0.0.1"  # stages of one server share a host
 _GLANCE_S = 0.002  # between looks for the others at a meeting
+
+Made = TypeVar("Made")
 
 
 class LinkLost(RuntimeError):
@@ -56,6 +60,33 @@ def meet(store: TCPStore, epoch: int, seat: int, num_seats: int, timeout_s: floa
                 missing = [other for other, name in enumerate(seats) if not store.check([name])]
                 raise LinkLost(f"epoch {epoch}: ranks {missing} did not come within {timeout_s:g} s")
             time.sleep(_GLANCE_S)
+
+
+def make_unless(give_up: Callable[[], bool], make: Callable[[], Made]) -> Made:
+    """What `make` makes of groups or stores. It blocks in torch until the others are here, for the whole time limit if one of
+    them has died meanwhile, and nothing can interrupt it: hence in a thread of its own. When `give_up` says so that thread is
+    left behind, LinkLost; what it still makes is dropped."""
+    made: SimpleQueue[Made | Exception] = SimpleQueue()
+
+    def run() -> None:
+        try:
+            made.put(make())
+        except Exception as error:
+            made.put(error)
+
+    threading.Thread(target=run, name="make", daemon=True).start()
+    while True:
+        with contextlib.suppress(Empty):
+            found = made.get(timeout=_GLANCE_S)
+            break
+        if give_up():
+            raise LinkLost("given up before all ranks came")
+    if isinstance(found, Exception):
+        try:
+            raise found
+        finally:
+            del found  # it knows this frame, and frames that hold groups: in a cycle they would live on
+    return found
 
 
 class Group(Protocol):

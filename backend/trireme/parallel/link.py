@@ -19,7 +19,8 @@ import torch
 
 from trireme.core.settings import Settings
 from trireme.parallel.collectives import Collectives
-from trireme.parallel.comm import LinkLost, Pair, form_group, meet, reach_store
+from trireme.parallel.comm import Group, LinkLost, Pair, form_group, make_unless, meet, reach_store
+from trireme.parallel.mesh import Span
 
 
 class ExpectedTokens(Protocol):
@@ -65,27 +66,30 @@ def form_link(
     num_stages, num_ranks, rank, limit_s = settings.num_stages, settings.ranks_per_stage, collectives.rank, settings.step_timeout_s
     if not settings.meets:
         return SoloLink() if num_stages == 1 else TensorLink(stage, rank, hidden=hidden, dtype=dtype)
-    meeting = reach_store(store, limit_s)
+    meeting = make_unless(give_up, lambda: reach_store(store, limit_s))
     meet(meeting, epoch, stage * num_ranks + rank, settings.world, limit_s, give_up)
-
-    # every rank forms its groups in this order, and then its pairs, so none waits in a circle
-    groups = {}
-    for span in collectives.spans:
-        name = f"stage_{stage}.{collectives.mesh.group_of(span, rank).name}"
-        groups[span] = form_group(meeting, epoch, name, span.place(rank), span.size, limit_s, collectives.device)
-    collectives.begin(groups)
-    if num_stages == 1:
-        return SoloLink()
-    if settings.link == "tensor":
-        return TensorLink(stage, rank, hidden=hidden, dtype=dtype)
 
     def pair(name: str, side: int) -> Pair:
         return Pair(meeting, epoch, f"{name}.{rank}", side, limit_s, settings.inflight, collectives.device)
 
-    before = pair(f"edge_{stage - 1}", 1) if stage > 0 else None
-    after = pair(f"edge_{stage}", 0) if stage < num_stages - 1 else None
-    back = pair("return", 0 if stage else 1) if stage in (0, num_stages - 1) else None
-    return CollectiveLink(before, after, back, hidden=hidden, dtype=dtype)
+    def form() -> tuple[dict[Span, Group], Link]:
+        """Every rank forms its groups in this order, and then its pairs, so none waits in a circle."""
+        groups: dict[Span, Group] = {}
+        for span in collectives.spans:
+            name = f"stage_{stage}.{collectives.mesh.group_of(span, rank).name}"
+            groups[span] = form_group(meeting, epoch, name, span.place(rank), span.size, limit_s, collectives.device)
+        if num_stages == 1:
+            return groups, SoloLink()
+        if settings.link == "tensor":
+            return groups, TensorLink(stage, rank, hidden=hidden, dtype=dtype)
+        before = pair(f"edge_{stage - 1}", 1) if stage > 0 else None
+        after = pair(f"edge_{stage}", 0) if stage < num_stages - 1 else None
+        back = pair("return", 0 if stage else 1) if stage in (0, num_stages - 1) else None
+        return groups, CollectiveLink(before, after, back, hidden=hidden, dtype=dtype)
+
+    groups, link = make_unless(give_up, form)
+    collectives.begin(groups)
+    return link
 
 
 class CollectiveLink:

@@ -67,8 +67,10 @@ class LocalProcess:
         python = os.environ.get("TRIREME_PYTHON") or sys.executable
         if not python:
             raise Refusal("no Python to run ranks with", why="this process embeds its interpreter", fix="set TRIREME_PYTHON")
-        # OpenMP threads that spin while a server shares their cores stall a step tenfold (measured); asleep, they are steady
-        environment = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+        # OpenMP threads that spin while a server shares their cores stall a step tenfold (measured); asleep, they are steady.
+        # A store or peer that is gone is a page of C++ frames in torch's warnings, and a line in the rank's own.
+        environment = {"OMP_WAIT_POLICY": "PASSIVE", "TORCH_CPP_LOG_LEVEL": "ERROR"} | os.environ
+        environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         if roots := _import_roots():
             environment["PYTHONPATH"] = os.pathsep.join([*roots, *filter(None, [os.environ.get("PYTHONPATH")])])
         try:
