@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import trireme
+from trireme.core.devices import num_gpus
 from trireme.core.refusal import Refusal
-from trireme.serve.checks import num_gpus
 
 _STUB = "triton_python_backend_stub"
 _UTILS = "triton_python_backend_utils.py"
