@@ -16,7 +16,7 @@ import torch
 from tiny import greedy_tokens, prompt_logits, random_prompts, tiny_checkpoint
 from trireme.core.control import Fault, Found, Join, Parcel, Status, open_answer, pack_ask, seal_step
 from trireme.core.request import Sampling
-from trireme.core.settings import make_settings
+from trireme.core.settings import Settings, make_settings
 from trireme.core.step import FED, Open, Step, array, first_checksum, ints, pack_step
 from trireme.ranks.local import LocalStages
 
@@ -36,7 +36,7 @@ class Truth(NamedTuple):
 
 @pytest.fixture(scope="module")
 def truth(tmp_path_factory) -> Truth:
-    folder = tiny_checkpoint(tmp_path_factory.mktemp("tiny"), "llama", num_hidden_layers=3)
+    folder = tiny_checkpoint(tmp_path_factory.mktemp("tiny"), "llama", num_hidden_layers=3, num_attention_heads=12, num_key_value_heads=2)
     prompts = random_prompts(PROMPT_LENS)
     return Truth(folder, prompts, greedy_tokens(folder, prompts, NUM_TOKENS), prompt_logits(folder, prompts[-1]).log_softmax(-1))
 
@@ -44,8 +44,9 @@ def truth(tmp_path_factory) -> Truth:
 class Hand:
     """A front made by hand: joins an epoch, and plans the same prefill chunks and decodes every time."""
 
-    def __init__(self, stages: LocalStages, *, fed_back: bool, inflight: int):
-        self.stages, self.fed_back, self.inflight, self.epoch = stages, fed_back, inflight, 0
+    def __init__(self, stages: LocalStages, settings: Settings):
+        self.stages, self.epoch = stages, 0
+        self.meets, self.fed_back, self.inflight = settings.meets, settings.fed_back, settings.inflight
 
     def post(self, stage: int, packed: bytes, rows=None) -> queue.Queue:
         box: queue.Queue = queue.Queue()
@@ -56,16 +57,16 @@ class Hand:
         return open_answer(self.post(stage, pack_ask(ask)).get(timeout=40).packed)
 
     def join(self) -> list[int]:
-        """A new epoch once all stages are ready. -> process ids"""
+        """A new epoch once all stages are ready. -> process ids of all ranks"""
         every, deadline = range(self.stages.num_stages), time.monotonic() + 60
         while any((states := [self.ask(stage, Status()) for stage in every])[stage].state != "ready" for stage in every):
             assert time.monotonic() < deadline, states
             time.sleep(0.05)
         self.epoch += 1
-        store = self.ask(0, Found(self.epoch)).store if self.fed_back and len(every) > 1 else ""
+        store = self.ask(0, Found(self.epoch)).store if self.meets else ""
         joins = [self.post(stage, pack_ask(Join(self.epoch, store))) for stage in every]
         assert [open_answer(join.get(timeout=40).packed).epoch for join in joins] == [self.epoch] * len(every)
-        return [state.ranks[0].pid for state in states]
+        return [rank.pid for state in states for rank in state.ranks]
 
     def generate(self, prompts: list[list[int]], *, kill: int = 0, spoil: bool = False) -> tuple[list[list[int]], list, list[Fault]]:
         """-> (tokens of each prompt, prompt logprobs of the last, faults). `kill`: a process to end after a few steps;
@@ -156,7 +157,7 @@ def led(truth):
         stages = LocalStages(settings, run_dir)
         started.append((stages, run_dir))
         stages.start()
-        hand = Hand(stages, fed_back=settings.fed_back, inflight=settings.inflight)
+        hand = Hand(stages, settings)
         return hand, hand.join()
 
     yield lead
@@ -185,16 +186,17 @@ def test_greedy_tokens_are_those_of_transformers(truth, led, pp, link):
 
 
 def test_a_killed_rank_comes_back_and_the_others_keep_their_weights(truth, led):
-    hand, pids = led(pipeline_parallel_size=3)
+    """Two stages of two ranks: neither its twin, nor the rank beside it, nor the one that is neither is started again."""
+    hand, pids = led(pipeline_parallel_size=2, tensor_parallel_size=2, sequence_parallel="on", step_timeout_s=15.0)
     check(truth, hand.generate(truth.prompts))
     for victim in (1, 0, 2):
         hand.join()
         began = time.monotonic()
         _, _, faults = hand.generate(truth.prompts, kill=pids[victim])
-        assert time.monotonic() - began < 10
-        assert {"rank"} <= {fault.kind for fault in faults} <= {"rank", "link", "stale", "unready"}
+        assert time.monotonic() - began < 20
+        assert faults and {fault.kind for fault in faults} <= {"rank", "link", "stale", "unready"}
         before, pids = pids, hand.join()
-        assert [new != old for new, old in zip(pids, before, strict=True)] == [stage == victim for stage in range(3)]
+        assert [rank for rank in range(4) if pids[rank] != before[rank]] == [victim]
         check(truth, hand.generate(truth.prompts))
 
 
@@ -211,8 +213,9 @@ def test_a_step_that_fails_ends_the_epoch_and_nobody(truth, led):
 
 def test_missing_weights_are_a_sentence_that_stays(truth, tmp_path, run_dir):
     (tmp_path / "config.json").write_text((truth.folder / "config.json").read_text())
-    stages = LocalStages(make_settings({"model": str(tmp_path)}), run_dir / "run")
-    hand = Hand(stages, fed_back=True, inflight=2)
+    settings = make_settings({"model": str(tmp_path)})
+    stages = LocalStages(settings, run_dir / "run")
+    hand = Hand(stages, settings)
     stages.start()
     try:
         deadline = time.monotonic() + 60

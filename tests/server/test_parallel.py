@@ -37,7 +37,8 @@ def expected(mixture, prompts) -> list[list[int]]:
 def parallel(mixture, tmp_path_factory) -> Iterator[ServerProcess]:
     """Two stages of two ranks each: the experts dealt out over both, rows between layers cut."""
     axes = {"pipeline_parallel_size": 2, "tensor_parallel_size": 2, "expert_parallel_size": 2, "sequence_parallel": "on"}
-    with ServerProcess(tmp_path_factory.mktemp("parallel"), model=str(mixture), max_num_batched_tokens=64, **axes) as server:
+    limits = {"max_num_batched_tokens": 64, "step_timeout_s": 20.0}  # see comm.py: rarely a kill is noticed by the time limit alone
+    with ServerProcess(tmp_path_factory.mktemp("parallel"), model=str(mixture), **limits, **axes) as server:
         yield server
 
 
