@@ -43,7 +43,7 @@ def test_parts_answer_as_the_whole(num_ranks, vocab, num_rows, seed, ties, data)
 
 def test_selected_rows_answer_alone():
     logits = made(6, 50, 0, ties=True)
-    for found in on_cut(logits, 4, lambda part: (part.select(slice(1, 4)).argmax(), part.select(np.array([5, 0])).full())):
+    for found in on_cut(logits, 4, lambda part: (part.select(slice(1, 4)).argmax(), part.select(torch.tensor([5, 0])).full())):
         assert torch.equal(found[0], logits[1:4].argmax(-1))
         assert torch.equal(found[1], logits[[5, 0]])
 

@@ -17,14 +17,18 @@ class Return:
         return torch.tensor(self.tokens, dtype=torch.int32)
 
 
+def make_fed(num_slots: int, depth: int) -> FedTokens:
+    return FedTokens(num_slots, depth, torch.device("cpu"))
+
+
 def filled(fed: FedTokens, tokens: list[int], slots: list[int]) -> list[int]:
-    values = np.array(tokens)
-    fed.fill(values, np.array(slots))
-    return values.tolist()
+    known, rows = np.array(tokens), np.array(slots)
+    fed.await_slots(rows[known == FED])
+    return fed.fill(torch.from_numpy(known), torch.from_numpy(rows)).tolist()
 
 
 def test_returns_are_taken_up_to_the_one_needed():
-    fed, log = FedTokens(4, depth=9), []
+    fed, log = make_fed(4, depth=9), []
     fed.owe(0, np.array([0, 1]), Return(log, 10, 11))
     fed.owe(1, np.array([2]), Return(log, 20))
     fed.owe(2, np.array([3]), Return(log, 30))
@@ -37,14 +41,14 @@ def test_returns_are_taken_up_to_the_one_needed():
 
 
 def test_the_latest_token_of_a_slot_counts():
-    fed, log = FedTokens(1, depth=9), []
+    fed, log = make_fed(1, depth=9), []
     fed.owe(0, np.array([0]), Return(log, 10))
     fed.owe(1, np.array([0]), Return(log, 11))
     assert filled(fed, [FED], [0]) == [11]
 
 
 def test_returns_nobody_asks_for_do_not_pile_up():
-    fed, log = FedTokens(1, depth=2), []
+    fed, log = make_fed(1, depth=2), []
     for number in range(5):
         fed.owe(number, np.array([0]), Return(log, number))
     assert log == [0, 1, 2]
@@ -52,4 +56,4 @@ def test_returns_nobody_asks_for_do_not_pile_up():
 
 def test_a_token_that_was_never_sampled_is_our_own_bug():
     with pytest.raises(AssertionError):
-        filled(FedTokens(1, depth=2), [FED], [0])
+        filled(make_fed(1, depth=2), [FED], [0])

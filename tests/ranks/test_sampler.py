@@ -11,7 +11,7 @@ from cut_logits import on_cut, uncut
 from trireme.core.request import Sampling
 from trireme.core.step import Open, ints
 from trireme.parallel.vocabulary import CutLogits
-from trireme.ranks.logprobs import Prompts, describe
+from trireme.ranks.logprobs import Described, Prompts
 from trireme.ranks.rows import Rows
 from trireme.ranks.sampler import Sampler
 from trireme_kernels.choose import Choices
@@ -101,20 +101,20 @@ def test_logprobs_are_of_raw_logits(sampler):
     sampler.open(opened(1, logprobs=2, logit_bias={first: -100.0}))
     sampler.open(opened(2, logprobs=0))
     sampled = draw(sampler, [0, 1, 2])
-    none, one, bare = sampled.logprobs()
+    assert sampled.asked.tolist() == [1, 2]
+    one, bare = sampled.describe().read()
     truth = LOGITS.log_softmax(-1)
-    assert none is None
     assert (one.token, one.rank, one.top_ids) == (second, 2, [first, second])
     assert one.value == pytest.approx(truth[1, second].item(), abs=1e-5)
     assert one.top_values == pytest.approx(truth[1, [first, second]].tolist(), abs=1e-5)
     assert (bare.rank, bare.top_ids) == (1, [])
-    assert draw(sampler, [0]).logprobs() == []
+    assert draw(sampler, [0]).describe() is None
 
 
 def test_describe_many_rows_in_chunks():
     logits = torch.randn(150, VOCAB)
     chosen = torch.randint(0, VOCAB, (150,))
-    found = describe(uncut(logits), chosen, np.full(150, 1))
+    found = Described(uncut(logits), chosen, np.full(150, 1)).read()
     truth = logits.log_softmax(-1)
     assert [one.value for one in found] == pytest.approx(truth.gather(1, chosen[:, None])[:, 0].tolist(), abs=1e-5)
     assert [one.top_ids[0] for one in found] == logits.argmax(-1).tolist()
@@ -150,7 +150,8 @@ def steps_of(logits: CutLogits, asked: list[dict], bans, num_steps: int = 3) -> 
     for step in range(num_steps):
         part = CutLogits(logits.local.clone(), logits.vocab_size, logits.along)
         sampled = sampler.sample(part, slots, np.full(len(asked), len(PROMPT) + step), bans)
-        told.append((sampled.tokens.tolist(), sampled.logprobs()))
+        described = sampled.describe()
+        told.append((sampled.tokens.tolist(), described.read() if described else []))
     return told
 
 
@@ -158,10 +159,8 @@ def assert_same(found: list, expected: list) -> None:
     for (tokens, logprobs), (true_tokens, true_logprobs) in zip(found, expected, strict=True):
         assert tokens == true_tokens
         for one, other in zip(logprobs, true_logprobs, strict=True):
-            assert (one is None) == (other is None)
-            if one is not None:
-                assert (one.token, one.rank, one.top_ids) == (other.token, other.rank, other.top_ids)
-                assert [one.value, *one.top_values] == pytest.approx([other.value, *other.top_values], abs=1e-5)
+            assert (one.token, one.rank, one.top_ids) == (other.token, other.rank, other.top_ids)
+            assert [one.value, *one.top_values] == pytest.approx([other.value, *other.top_values], abs=1e-5)
 
 
 def samplings(vocab: int):
@@ -232,6 +231,6 @@ def test_only_rows_that_need_it_are_gathered_whole(monkeypatch):
 
 def test_prompt_logprobs_of_parts():
     logits, chosen = torch.randn(100, 251) * 3, torch.randint(0, 251, (100,))
-    whole = describe(uncut(logits), chosen, np.full(100, 2))
-    for found in on_cut(logits, 4, lambda part: describe(part, chosen, np.full(100, 2))):
+    whole = Described(uncut(logits), chosen, np.full(100, 2)).read()
+    for found in on_cut(logits, 4, lambda part: Described(part, chosen, np.full(100, 2)).read()):
         assert_same([([], found)], [([], whole)])

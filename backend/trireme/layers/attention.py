@@ -49,5 +49,5 @@ class Attention(Block):
             q, k, v, self._cos_sin, batch.positions, self.q_norm, self.k_norm, self._eps, keys, values, batch.pages
         )  # fmt: skip
         self.share((keys, values), batch.pages, batch.shared)
-        rows = self.attend.run(q, keys, values, batch.attention[self.window])
+        rows = batch.attention[self.window](q, keys, values)
         return self.out(rows.view(num_rows, -1))

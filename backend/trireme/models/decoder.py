@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
 from torch import nn
 
-from trireme.core.batch import Batch
+from trireme.core.batch import Attend, Batch
 from trireme.core.step import Regime
 from trireme.layers.attention import Attention
 from trireme.layers.block import Block, Build, PerToken
@@ -20,6 +20,7 @@ from trireme.layers.param import Param
 from trireme.parallel.deal import Deal
 from trireme.parallel.layout import WHOLE, Layout, cut_of, home_of, lay
 from trireme.parallel.seam import Route, Seam
+from trireme_kernels.paged_attention.op import CapturedDecode, PagedAttention
 
 # What all families' checkpoints share.
 DENSE_NAMES = table("""
@@ -75,12 +76,19 @@ class Decoder(nn.Module):
             if block.keeps is not None:
                 block.cache = len(self.keeps)
                 self.keeps.append(block.keeps)
-        self._attends = {block.window: block.attend for block in blocks if isinstance(block, Attention)}
+        self._attends: dict[int, PagedAttention] = {block.window: block.attend for block in blocks if isinstance(block, Attention)}
 
-    def plan_attention(self, query_lens: np.ndarray, kv_lens: np.ndarray, page_table: torch.Tensor | np.ndarray) -> Any:
-        """What `Batch.attention` holds, made once a step: a plan for each distinct window. query_lens, kv_lens int32 [B]: rows
-        of each sequence in this step, and its keys with them; page_table int32 [B, P]."""
-        return {window: attend.plan(query_lens, kv_lens, page_table) for window, attend in self._attends.items()}
+    def plan_attention(self, query_lens: np.ndarray, kv_lens: np.ndarray, page_table: np.ndarray) -> dict[int, Attend]:
+        """What `Batch.attention` holds, made once a step. query_lens, kv_lens int32 [B]: rows of each sequence in this step, and
+        its keys with them; page_table int32 [B, P]."""
+        plans = {window: attend.plan(query_lens, kv_lens, page_table) for window, attend in self._attends.items()}
+        return {window: partial(self._attends[window].run, plan=plan) for window, plan in plans.items()}
+
+    def capture_attention(self, batch_size: int, max_pages: int) -> dict[int, CapturedDecode] | None:
+        """The same for decode steps inside a CUDA graph, by window; None where any of them cannot be captured."""
+        captured = {window: attend.captured(batch_size, max_pages) for window, attend in self._attends.items()}
+        made = {window: attend for window, attend in captured.items() if attend is not None}
+        return made if len(made) == len(captured) else None
 
     @torch.inference_mode()
     def forward(self, batch: Batch, deal: Deal, rows: torch.Tensor | None = None) -> torch.Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from math import ceil
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,7 +35,7 @@ class CutLogits:
         """Tokens of the columns, int64 [1, width]."""
         return torch.arange(self.first, self.first + self.width, device=self.local.device)[None]
 
-    def select(self, rows: slice | np.ndarray) -> CutLogits:
+    def select(self, rows: slice | Tensor) -> CutLogits:
         """Some of the rows: a view of a slice, a copy of numbered ones."""
         return CutLogits(self.local[rows], self.vocab_size, self.along)
 

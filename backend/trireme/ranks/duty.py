@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import torch
 
 from trireme.core.control import Answer, Fault, Found, Founded, Join, Joined, Parcel, open_message, pack_answer
 from trireme.core.log import logger
@@ -13,7 +15,11 @@ from trireme.parallel.comm import LinkLost, StoreHost
 from trireme.parallel.link import form_link
 from trireme.ranks.channel import BREAK, RankChannel
 from trireme.ranks.launch import Brief
-from trireme.ranks.runner import Runner
+from trireme.ranks.runner import Pending, Runner
+
+
+class DeviceLost(RuntimeError):
+    """An error of the device after which it does nothing more for this process."""
 
 
 class Duty:
@@ -26,39 +32,62 @@ class Duty:
         self._log = logger(f"stage_{brief.stage} rank {brief.rank}")
         self._epoch = -1
         self._over = "no epoch was joined"  # why no step is computed, or empty
+        self._lost = ""  # what the device said when it was lost, or empty
 
     def do(self) -> None:
-        idle = time.perf_counter()
-        while True:
-            ticket, parcel = self._channel.receive()
-            if ticket == BREAK:
-                self._leave("its leader ended it")
-                continue
-            answer, rows = self._carry_out(parcel, time.perf_counter() - idle)
-            self._channel.answer(ticket, Parcel(pack_answer(answer), rows), fault=isinstance(answer, Fault))
+        """Until the channel says Left. DeviceLost where only a new process can go on."""
+        # A step that its device is still computing is answered from a thread of its own, in the order of steps, so that the
+        # next one is launched meanwhile. Without such steps there is no thread.
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="answers") as answers:
             idle = time.perf_counter()
+            while True:
+                ticket, parcel = self._channel.receive()
+                if self._lost:
+                    raise DeviceLost(self._lost)
+                if ticket == BREAK:
+                    self._leave("its leader ended it")
+                    continue
+                message = open_message(parcel.packed)
+                asked = peek_step(bytes(message)) if isinstance(message, memoryview) else message
+                assert isinstance(asked, Step | Found | Join), "a leader answers the rest itself"
+                try:
+                    pending = self._carry_out(asked, parcel.rows, time.perf_counter() - idle)
+                except Exception as error:  # also a device out of memory: the rank lives on, the epoch does not
+                    fault = self._fault(asked, error)
+                    self._leave(fault.message)
+                    pending = _at_once(fault)
+                if pending.late:
+                    answers.submit(self._answer, ticket, asked, pending)
+                else:
+                    self._answer(ticket, asked, pending)
+                idle = time.perf_counter()
 
-    def _carry_out(self, parcel: Parcel, waited_s: float) -> tuple[Answer, np.ndarray | None]:
-        message = open_message(parcel.packed)
-        asked = peek_step(bytes(message)) if isinstance(message, memoryview) else message
-        assert isinstance(asked, Step | Found | Join), "a leader answers the rest itself"
-        number = asked.number if isinstance(asked, Step) else -1
+    def _answer(self, ticket: int, asked: Step | Found | Join, pending: Pending) -> None:
+        """A fault that shows only here ends the epoch, too: the leader says so to all ranks of the stage, and to this one."""
         try:
-            if isinstance(asked, Found):
-                return self._found(asked), None
-            if isinstance(asked, Join):
-                self._join(asked)
-                return Joined(asked.epoch), None
-            if self._over or asked.epoch != self._epoch:
-                why = f"not computed: the rank's epoch is {self._epoch}{f', and is over: {self._over}' if self._over else ''}"
-                return Fault("stale", why, self._stage, asked.epoch, number), None
-            return self._runner.run(asked, parcel.rows, waited_s)
-        except Exception as error:  # also a device out of memory: the rank lives on, the epoch does not
-            kind = "link" if isinstance(error, LinkLost) else "rank"
-            why = f"{type(error).__name__}: {error}"
-            self._log.warning("epoch %d ended at %s %d: %s", asked.epoch, type(asked).__name__, number, why, exc_info=kind == "rank")
-            self._leave(why)
-            return Fault(kind, why, self._stage, asked.epoch, number), None
+            answer, rows = pending.finish()
+        except Exception as error:
+            answer, rows = self._fault(asked, error), None
+        self._channel.answer(ticket, Parcel(pack_answer(answer), rows), fault=isinstance(answer, Fault))
+
+    def _carry_out(self, asked: Step | Found | Join, rows: np.ndarray | None, waited_s: float) -> Pending:
+        if isinstance(asked, Found):
+            return _at_once(self._found(asked))
+        if isinstance(asked, Join):
+            self._join(asked)
+            return _at_once(Joined(asked.epoch))
+        if self._over or asked.epoch != self._epoch:
+            why = f"not computed: the rank's epoch is {self._epoch}{f', and is over: {self._over}' if self._over else ''}"
+            return _at_once(Fault("stale", why, self._stage, asked.epoch, asked.number))
+        return self._runner.run(asked, rows, waited_s)
+
+    def _fault(self, asked: Step | Found | Join, error: Exception) -> Fault:
+        kind, number = "link" if isinstance(error, LinkLost) else "rank", asked.number if isinstance(asked, Step) else -1
+        why = f"{type(error).__name__}: {error}"
+        self._log.warning("epoch %d ended at %s %d: %s", asked.epoch, type(asked).__name__, number, why, exc_info=kind == "rank")
+        if isinstance(error, torch.AcceleratorError):
+            self._lost = why
+        return Fault(kind, why, self._stage, asked.epoch, number)
 
     def _found(self, found: Found) -> Founded:
         self._store = StoreHost(self._settings.step_timeout_s)
@@ -82,3 +111,7 @@ class Duty:
     def _leave(self, why: str) -> None:
         self._over = self._over or why
         self._runner.leave()
+
+
+def _at_once(answer: Answer) -> Pending:
+    return Pending(False, lambda: (answer, None))

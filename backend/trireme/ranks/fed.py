@@ -1,4 +1,4 @@
-"""FedTokens: the token each slot sampled last, on stage 0, before the front knows it."""
+"""FedTokens: the token each slot sampled last, on stage 0, before the front knows it. On a GPU the host does not know it either."""
 
 from __future__ import annotations
 
@@ -6,48 +6,57 @@ from collections import deque
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from trireme.core.step import FED
 from trireme.parallel.link import ExpectedTokens
+from trireme.ranks.staging import upload
 
 
 class _Owed(NamedTuple):
     number: int
-    slots: np.ndarray  # int32 [num_samples]
+    slots: torch.Tensor  # int64 [num_samples]
     tokens: ExpectedTokens
 
 
 class FedTokens:
-    """A table by slot, filled by the returns of steps, in step order and only as far as a step needs: stage 0 never waits for
-    a return that nobody asks for.
+    """A table by slot, on the device, filled by the returns of steps, in step order and only as far as a step needs: stage 0
+    never waits for a return that nobody asks for.
 
     `depth`: a return is surely here once so many later steps have begun (the front has no more in flight).
     """
 
-    def __init__(self, max_num_seqs: int, depth: int):
-        self._last = np.full(max_num_seqs, FED, dtype=np.int64)
-        self._owed_by = np.full(max_num_seqs, -1, dtype=np.int64)  # number of the step that brings a slot's last token
-        self._owed: deque[_Owed] = deque()
+    def __init__(self, max_num_seqs: int, depth: int, device: torch.device):
+        self._last = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)  # graphs keep its address
         self._depth = depth
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all sequences, and drop what is on its way."""
+        self._owed_by = np.full(len(self._last), -1, dtype=np.int64)  # number of the step that brings a slot's last token
+        self._owed: deque[_Owed] = deque()
 
     def owe(self, number: int, slots: np.ndarray, tokens: ExpectedTokens) -> None:
-        """Step `number` will bring the tokens of `slots`."""
-        self._owed.append(_Owed(number, slots, tokens))
+        """Step `number` will download the tokens of `slots` (int32 [num_samples])."""
+        [there] = upload([slots.astype(np.int64)], self._last.device)
+        self._owed.append(_Owed(number, there, tokens))
         self._owed_by[slots] = number
         if len(self._owed) > self._depth:
             self._collect()
 
-    def fill(self, tokens: np.ndarray, slots: np.ndarray) -> None:
-        """Replace FED in `tokens` (int64 [T]) by the last token of its row's slot (`slots`: int32 [T]). May wait."""
-        fed = np.flatnonzero(tokens == FED)
-        if not len(fed):
+    def await_slots(self, slots: np.ndarray) -> None:
+        """Have the last tokens of these slots in the table (`slots`: int32 [n]). May wait."""
+        if not len(slots):
             return
-        needed = self._owed_by[slots[fed]].max()
-        while self._owed and self._owed[0].number <= needed:
+        needed = self._owed_by[slots]
+        assert needed.min() >= 0, "a fed token was sampled before, in this epoch"
+        while self._owed and self._owed[0].number <= needed.max():
             self._collect()
-        tokens[fed] = self._last[slots[fed]]
-        assert (tokens[fed] >= 0).all(), "a fed token was sampled before, in this epoch"
+
+    def fill(self, tokens: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        """int64 [N], FED among them, of the rows' slots int64 [N] -> int64 [N] with the last token of its slot in place of FED."""
+        return torch.where(tokens == FED, self._last[slots], tokens)
 
     def _collect(self) -> None:
         owed = self._owed.popleft()
-        self._last[owed.slots] = owed.tokens.wait().numpy()
+        self._last[owed.slots] = owed.tokens.wait().to(self._last.device, torch.int64, non_blocking=True)

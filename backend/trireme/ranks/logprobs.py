@@ -11,28 +11,34 @@ from trireme.core.request import Logprobs
 from trireme.core.step import Open, PromptLogprobs, array
 from trireme.parallel.vocabulary import CutLogits
 from trireme.ranks.rows import Rows
+from trireme.ranks.staging import download, upload
 
 _CHUNK = 64  # rows at once: bounds what is computed on the way to chunk * vocabulary * 4 bytes
 
 
-def describe(logits: CutLogits, tokens: torch.Tensor, num_top: np.ndarray) -> list[Logprobs]:
-    """`logits`: of n rows; `tokens`: int64 [n]; `num_top`: int [n], alternatives to list in each row."""
-    described: list[Logprobs] = []
-    for start in range(0, len(tokens), _CHUNK):
-        rows = slice(start, start + _CHUNK)
-        described += _describe(logits.select(rows), tokens[rows].to(logits.local.device), num_top[rows])
-    return described
+class Described:
+    """What was computed of n tokens, on its way to the host. All ranks make it, or none."""
+
+    def __init__(self, logits: CutLogits, tokens: torch.Tensor, num_top: np.ndarray):
+        """`logits`: of n rows; `tokens`: int64 [n]; `num_top`: int [n], alternatives to list in each row."""
+        self._num_top = num_top.tolist()
+        chunks = [slice(start, start + _CHUNK) for start in range(0, len(tokens), _CHUNK)]
+        self._columns = [_describe(logits.select(rows), tokens[rows], int(num_top[rows].max())) for rows in chunks]
+
+    def read(self) -> list[Logprobs]:
+        """One for each token, once the device has come so far."""
+        rows = [row for columns in self._columns for row in zip(*(column.tolist() for column in columns), strict=True)]
+        return [
+            Logprobs(token, value, rank, ids[:wanted], id_values[:wanted])
+            for (token, value, rank, ids, id_values), wanted in zip(rows, self._num_top, strict=True)
+        ]
 
 
-def _describe(logits: CutLogits, tokens: torch.Tensor, num_top: np.ndarray) -> list[Logprobs]:
+def _describe(logits: CutLogits, tokens: torch.Tensor, num_top: int) -> tuple[torch.Tensor, ...]:
     chosen, mass = logits.at(tokens), logits.logsumexp()
     ranks = logits.num_above(chosen) + 1
-    top, top_ids = logits.topk(int(num_top.max()))
-    columns = (tokens, chosen - mass, ranks, top_ids, top - mass[:, None])
-    return [
-        Logprobs(token, value, rank, ids[:wanted], id_values[:wanted])
-        for token, value, rank, ids, id_values, wanted in zip(*(column.tolist() for column in columns), num_top.tolist(), strict=True)
-    ]
+    top, top_ids = logits.topk(num_top)
+    return tuple(map(download, (tokens, chosen - mass, ranks, top_ids, top - mass[:, None])))
 
 
 @dataclass(frozen=True)
@@ -42,11 +48,15 @@ class Stretch:
     slot: int
     start: int  # position of the first row; it tells of token start + 1
     rows: np.ndarray  # int64 [r]
-    tokens: torch.Tensor  # int64 [r]: the prompt's own next tokens
+    tokens: np.ndarray  # int64 [r]: the prompt's own next tokens
     num_top: int
 
-    def describe(self, logits: CutLogits) -> PromptLogprobs:  # of r rows
-        return PromptLogprobs(self.slot, self.start, describe(logits, self.tokens, np.full(len(self.tokens), self.num_top)))
+    def describe(self, logits: CutLogits) -> Described:  # of r rows
+        [tokens] = upload([self.tokens], logits.local.device)
+        return Described(logits, tokens, np.full(len(tokens), self.num_top))
+
+    def tell(self, described: Described) -> PromptLogprobs:
+        return PromptLogprobs(self.slot, self.start, described.read())
 
 
 class Prompts:
@@ -71,7 +81,7 @@ class Prompts:
         for item in np.flatnonzero(np.isin(rows.slots, list(self._asked))):
             slot, start = int(rows.slots[item]), int(rows.starts[item])
             prompt, num_top = self._asked[slot]
-            tokens = torch.from_numpy(prompt[start + 1 : rows.ends[item] + 1])
+            tokens = prompt[start + 1 : rows.ends[item] + 1]
             if len(tokens):
                 found.append(Stretch(slot, start, rows.firsts[item] + np.arange(len(tokens)), tokens, num_top))
         return found

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trireme.core.step import PAGE, Step, array
+from trireme.core.step import FED, PAGE, Step, array
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,19 @@ class Rows:
     tokens: np.ndarray  # int64 [T]: FED where the token is not in the Step
     positions: np.ndarray  # int64 [T]
     pages: np.ndarray  # int64 [T]: page * PAGE + offset
+
+    @property
+    def owners(self) -> np.ndarray:  # int32 [T]: a row's slot
+        return np.repeat(self.slots, self.counts)
+
+    @property
+    def fed(self) -> np.ndarray:  # bool [T]
+        return self.tokens == FED
+
+    @property
+    def only_decodes(self) -> bool:
+        """Whether every item has one row, and it is sampled."""
+        return len(self.tokens) == len(self.slots) == len(self.sampled)
 
     @property
     def ends(self) -> np.ndarray:  # int32 [I]: position after an item's last row = keys it sees

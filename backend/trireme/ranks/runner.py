@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
-import msgspec
 import numpy as np
 import torch
 
 from trireme.core.batch import Batch
+from trireme.core.control import Answer
 from trireme.core.devices import place_ranks
 from trireme.core.log import logger
 from trireme.core.refusal import Refusal
+from trireme.core.request import Logprobs
 from trireme.core.settings import Settings
-from trireme.core.step import PAGE, Clock, Outcome, PromptLogprobs, Step, array
+from trireme.core.step import PAGE, Clock, Outcome, Step, array, ints
 from trireme.layers.block import Build
 from trireme.models.decoder import Decoder
 from trireme.models.registry import build_stage
@@ -24,11 +26,16 @@ from trireme.parallel.context import Shared
 from trireme.parallel.deal import Deal
 from trireme.parallel.link import Link
 from trireme.parallel.plan import Plan
+from trireme.parallel.rehearsal import rehearse
 from trireme.parallel.vocabulary import CutLogits
 from trireme.ranks.fed import FedTokens
+from trireme.ranks.graphs import Graphs, buckets, why_none
 from trireme.ranks.logprobs import Prompts, Stretch
+from trireme.ranks.memory import find_room, num_pages
 from trireme.ranks.rows import Rows, lay_out
 from trireme.ranks.sampler import Sampler
+from trireme.ranks.staging import download, upload
+from trireme.ranks.stopwatch import Stopwatch
 from trireme.weights.load import fill_dummy, load
 from trireme_kernels.choose import Choices
 
@@ -56,8 +63,10 @@ def load_runner(settings: Settings, stage: int, rank: int, progress: Callable[[s
         vocab_size=spec.vocab_size,
         max_model_len=settings.max_model_len or spec.max_position_embeddings,
         choices=choices,
+        progress=progress,
     )
-    log.info("loaded %s; %d pages; implementations:\n%s", manifest, runner.num_pages, choices.table())
+    log.info("loaded %s on %s; implementations:\n%s", manifest, device, choices.table())
+    log.info("memory %s; %d pages; graphs: %s", runner.room, runner.num_pages, runner.graphs)
     return runner
 
 
@@ -91,6 +100,13 @@ def _in_percent(progress: Callable[[str], None]) -> Callable[[int, int], None]:
     return tell
 
 
+class Pending(NamedTuple):
+    """An order that was carried out as far as the host can: a step on a GPU was launched."""
+
+    late: bool  # whether `finish` waits for a device
+    finish: Callable[[], tuple[Answer, np.ndarray | None]]  # the answer, rows that go with it (tensor link)
+
+
 class Runner:
     """One rank's computing. `begin` a link, `run` steps in order, `leave`."""
 
@@ -106,13 +122,12 @@ class Runner:
         vocab_size: int,
         max_model_len: int,
         choices: Choices,
+        progress: Callable[[str], None],
     ):
         self.hidden, self.dtype = hidden, dtype
         self.collectives = decoder.build.collectives
         self._decoder, self._settings, self._stage, self._device = decoder, settings, stage, device
         self._is_first, self._is_last = stage == 0, stage == settings.num_stages - 1
-        self.num_pages = settings.num_pages or self._num_pages_of_bytes()
-        self._caches = [keep.allocate(self.num_pages, device) for keep in decoder.keeps]
         self._page_table = np.zeros((settings.max_num_seqs, -(-max_model_len // PAGE)), dtype=np.int32)
         self._sampler = Sampler(
             settings.max_num_seqs, vocab_size, device, choices("sample", vocab=vocab_size), choices("penalise", vocab=vocab_size)
@@ -120,12 +135,16 @@ class Runner:
         self._vocab_size, self._along_vocabulary = vocab_size, self.collectives.along("tp")
         self._prompts = Prompts()
         self._link: Link | None = None
-        self._fed = FedTokens(settings.max_num_seqs, settings.inflight)
+        self._fed = FedTokens(settings.max_num_seqs, settings.inflight, device)
+        self._watch: Stopwatch | None = None  # of the last step
+        self._graphs: Graphs | None = None
+        self.graphs = why_none(settings, decoder, device) or ""  # why there are none, or what they took
+        self._make_room(max_model_len, [] if self.graphs else buckets(settings.max_num_seqs), progress)
 
     def begin(self, link: Link) -> None:
         """A new epoch: nothing is known of any sequence. Caches need no wiping, since no page is read before it is written."""
-        self._link = link
-        self._fed = FedTokens(self._settings.max_num_seqs, self._settings.inflight)
+        self._link, self._watch = link, None
+        self._fed.clear()
         self._sampler.clear()
         self._prompts.clear()
 
@@ -133,7 +152,7 @@ class Runner:
         """Drop the link and the groups, and everything on its way over them: only then are the other ends freed."""
         self._link = None
         self.collectives.leave()
-        self._fed = FedTokens(self._settings.max_num_seqs, self._settings.inflight)
+        self._fed.clear()
 
     @property
     def _joined(self) -> Link:
@@ -142,25 +161,32 @@ class Runner:
         return self._link
 
     @torch.inference_mode()
-    def run(self, step: Step, carried: np.ndarray | None, waited_s: float) -> tuple[Outcome, np.ndarray | None]:
-        """`carried`: rows that came with the call (tensor link). -> outcome, rows that go with the answer (tensor link)."""
-        began, start = time.time(), time.perf_counter()
+    def run(self, step: Step, carried: np.ndarray | None, waited_s: float) -> Pending:
+        """`carried`: rows that came with the call (tensor link). A GPU is still computing when this returns."""
+        watch = self._watch = Stopwatch(self._device, waited_s, self._watch)
         rows = self._read(step)
         deal = Deal(self._decoder.build.plan, self._decoder.build.rank, rows.counts, step.regime, self._device)
-        ready = time.perf_counter()
-        received = self._receive(step, rows, deal, carried)
-        receiving_s = time.perf_counter() - ready
+        with watch.receiving():
+            received = self._receive(step, rows, deal, carried)
 
         stretches = self._prompts.stretches(rows)
-        head_rows = np.concatenate([rows.sampled_rows, *(stretch.rows for stretch in stretches)])
-        result = self._decoder.forward(self._batch(rows, deal, head_rows), deal, received)
-        carries, outcome = None, Outcome(step.epoch, step.number, self._stage)
+        if self._graphs and rows.only_decodes and not stretches:
+            result = self._graphs.run(rows, self._table_of(rows.slots, rows.ends), received)
+        else:
+            head_rows = np.concatenate([rows.sampled_rows, *(stretch.rows for stretch in stretches)])
+            result = self._decoder.forward(self._batch(rows, deal, head_rows), deal, received)
+        carries, read = None, Outcome
         if self._is_last:
-            outcome = self._finish(step, rows, stretches, result)
+            read = self._sample(step, rows, stretches, result)
         else:
             carries = self._joined.send(result)
-        clock = Clock(began, waited_s, receiving_s, time.perf_counter() - start - receiving_s)
-        return msgspec.structs.replace(outcome, clock=clock), carries
+        watch.stop()
+
+        def finish() -> tuple[Answer, np.ndarray | None]:
+            watch.wait()
+            return read(step.epoch, step.number, self._stage, clock=watch.clock()), carries
+
+        return Pending(self._device.type != "cpu", finish)
 
     def _read(self, step: Step) -> Rows:
         """What the step changes, then its rows."""
@@ -175,7 +201,7 @@ class Runner:
     def _receive(self, step: Step, rows: Rows, deal: Deal, carried: np.ndarray | None) -> torch.Tensor | None:
         """All that comes from other stages: rows, or in stage 0 the tokens fed back."""
         if self._is_first:
-            self._fed.fill(rows.tokens, np.repeat(rows.slots, rows.counts))
+            self._fed.await_slots(rows.owners[rows.fed])
             if step.returns and len(rows.sampled):
                 self._fed.owe(step.number, rows.slots[rows.sampled], self._joined.expect_tokens(len(rows.sampled)))
         return self._joined.receive(self._decoder.num_edge_rows(deal), carried)
@@ -184,58 +210,113 @@ class Runner:
         """This rank's part of a step. A chunk of an item sees the item's keys up to the chunk's own end."""
         mine, chunks = deal.own(), deal.chunks
         ends = (rows.starts[chunks.items] + chunks.begins + chunks.counts).astype(np.int32)
-        page_table = self._page_table[rows.slots[chunks.items], : -(-int(ends.max(initial=0)) // PAGE)]
+        context = [deal.own(rank) for rank in self._context] if deal.regime.cp else []
+        tokens, positions, pages, owners, heads, shared = upload(
+            [
+                rows.tokens[mine],
+                rows.positions[mine],
+                rows.pages[mine],
+                rows.owners[mine],
+                head_rows,
+                rows.pages[np.concatenate(context)] if context else head_rows[:0],
+            ],
+            self._device,
+        )
         return Batch(
-            tokens=self._tensor(rows.tokens[mine]),
-            positions=self._tensor(rows.positions[mine]),
-            pages=self._tensor(rows.pages[mine]),
-            attention=self._decoder.plan_attention(chunks.counts.astype(np.int32), ends, page_table),
-            shared=self._shared(rows, deal),
+            tokens=self._fed.fill(tokens, owners) if self._is_first and rows.fed.any() else tokens,
+            positions=positions,
+            pages=pages,
+            attention=self._decoder.plan_attention(chunks.counts.astype(np.int32), ends, self._table_of(rows.slots[chunks.items], ends)),
+            shared=Shared([len(own) for own in context], shared) if context else None,
             caches=self._caches,
-            head_rows=self._tensor(head_rows),
+            head_rows=heads,
         )
 
-    def _shared(self, rows: Rows, deal: Deal) -> Shared | None:
-        if not deal.regime.cp:
-            return None
-        every = [deal.own(rank) for rank in self.collectives.mesh.spans["cp"].members(self.collectives.rank)]
-        return Shared([len(own) for own in every], self._tensor(rows.pages[np.concatenate(every)]))
+    @cached_property
+    def _context(self) -> list[int]:
+        """The ranks that share this one's context, along cp."""
+        return list(self.collectives.mesh.spans["cp"].members(self.collectives.rank))
 
-    def _finish(self, step: Step, rows: Rows, stretches: list[Stretch], columns: torch.Tensor) -> Outcome:
-        """The last stage's part: sample, send tokens back first of all, then say what was asked of logprobs."""
+    def _table_of(self, slots: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """Page tables of items, int32 [I, P], as wide as the longest needs."""
+        return self._page_table[slots, : -(-int(ends.max(initial=0)) // PAGE)]
+
+    def _sample(self, step: Step, rows: Rows, stretches: list[Stretch], columns: torch.Tensor) -> Callable[..., Outcome]:
+        """The last stage's part: sample, send tokens back first of all, then compute what was asked of logprobs. What is returned
+        makes the outcome, once the device has come so far."""
         num_samples = len(rows.sampled)
         if not num_samples and not stretches:
-            return Outcome(step.epoch, step.number, self._stage)
+            return Outcome
         logits = CutLogits(columns, self._vocab_size, self._along_vocabulary)
         samples = logits.select(slice(0, num_samples))
         sampled = self._sampler.sample(samples, rows.slots[rows.sampled], rows.ends[rows.sampled], self._bans(step, rows))
-        tokens = sampled.tokens.to("cpu", torch.int32)
+        tokens = sampled.tokens.to(torch.int32)
         if step.returns and num_samples:
             self._joined.send_tokens(tokens)
-        told: list[PromptLogprobs] = []
-        at = num_samples
+        tokens, described = download(tokens), sampled.describe()
+        told, at = [], num_samples
         for stretch in stretches:
             told.append(stretch.describe(logits.select(slice(at, at + len(stretch.rows)))))
             at += len(stretch.rows)
-        return Outcome(
-            step.epoch, step.number, self._stage, tokens=tokens.numpy().tobytes(), logprobs=sampled.logprobs(), prompt_logprobs=told
-        )
+
+        def read(*where: int, clock: Clock) -> Outcome:
+            logprobs: list[Logprobs | None] = []
+            if described:
+                logprobs = [None] * num_samples
+                for row, value in zip(sampled.asked, described.read(), strict=True):
+                    logprobs[row] = value
+            prompt_logprobs = [stretch.tell(values) for stretch, values in zip(stretches, told, strict=True)]
+            return Outcome(*where, tokens=tokens.numpy().tobytes(), logprobs=logprobs, prompt_logprobs=prompt_logprobs, clock=clock)
+
+        return read
 
     def _bans(self, step: Step, rows: Rows) -> list[tuple[int, list[int]]]:
         """A step names items; the sampler names sampled rows."""
         return [(int(np.searchsorted(rows.sampled, item)), ids) for item, ids in step.bans]
 
-    def _tensor(self, values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(values).to(self._device)
-
-    def _num_pages_of_bytes(self) -> int:
-        page_bytes = sum(keep.bytes_per_page for keep in self._decoder.keeps)
-        num_bytes = self._settings.kv_cache_memory_bytes or 1 << 30
-        num_pages = num_bytes // page_bytes
-        if not num_pages:
-            raise Refusal(
-                f"kv_cache_memory_bytes={num_bytes} holds no page",
-                why=f"a page of {PAGE} tokens takes {page_bytes} bytes in stage_{self._stage}",
-                fix="raise kv_cache_memory_bytes",
+    @torch.inference_mode()
+    def _make_room(self, max_model_len: int, graph_sizes: list[int], progress: Callable[[str], None]) -> None:
+        """Find out how many pages there is room for, take them, and capture graphs over them."""
+        settings, keeps = self._settings, self._decoder.keeps
+        most_rows = min(settings.max_num_batched_tokens, settings.max_num_seqs * max_model_len)
+        self._caches = [keep.allocate(1, self._device) for keep in keeps]
+        progress("is measuring its memory")
+        rehearse(self.collectives)
+        self.room = find_room(
+            settings,
+            self._device,
+            largest=lambda: self._try(_spread(most_rows, min(settings.max_num_seqs, most_rows))),
+            decode=lambda: self._try(np.ones(min(settings.max_num_seqs, most_rows), np.int32)),
+            num_graphs=len(graph_sizes),
+        )
+        self.collectives.leave()
+        self.num_pages = settings.num_pages or num_pages(self.room, sum(keep.bytes_per_page for keep in keeps), settings, self._stage)
+        self._caches = [keep.allocate(self.num_pages + bool(graph_sizes), self._device) for keep in keeps]
+        if graph_sizes:
+            progress("is capturing graphs")
+            self._graphs = Graphs(
+                self._decoder,
+                self._caches,
+                graph_sizes,
+                fill=self._fed.fill,
+                scratch_page=self.num_pages,
+                max_pages=self._page_table.shape[1],
             )
-        return num_pages
+            self.graphs = str(self._graphs)
+
+    def _try(self, counts: np.ndarray) -> None:
+        """A step of prompts that mean nothing, all in one page: int32 [items], rows of each."""
+        num_items = len(counts)
+        zeros, ones = ints(np.zeros(num_items)), ints(np.ones(num_items))
+        step = Step(0, 0, ints(np.arange(num_items)), zeros, ints(counts), ones, ints(np.zeros(counts.sum())))
+        rows = lay_out(step, self._page_table)
+        deal = Deal(self._decoder.build.plan, self._decoder.build.rank, rows.counts, step.regime, self._device)
+        edge = torch.zeros(self._decoder.num_edge_rows(deal), self.hidden, dtype=self.dtype, device=self._device)
+        result = self._decoder.forward(self._batch(rows, deal, rows.sampled_rows), deal, None if self._is_first else edge)
+        if self._is_last:
+            self._sampler.sample(CutLogits(result, self._vocab_size, self._along_vocabulary), rows.slots, rows.ends, ())
+
+
+def _spread(num_rows: int, num_items: int) -> np.ndarray:
+    """Rows dealt out evenly: int32 [num_items]."""
+    return np.diff(np.arange(num_items + 1) * num_rows // num_items).astype(np.int32)

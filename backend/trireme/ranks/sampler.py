@@ -1,8 +1,8 @@
 """Sampler: logits of the last stage to tokens. Keeps one row of parameters a slot, written when a sequence opens it.
 
-The parameters stand in host memory (which rows need what is decided there, without asking the device); what is computed
-on logits is the ops `penalise` and `sample`. A greedy step that asks for nothing else costs one argmax. Where columns are
-cut over ranks, all ranks sample alike, and gather whole only those rows that need it.
+The parameters stand in host memory: which rows need what is decided there, without asking the device, so that a step is
+launched without waiting. What is computed on logits is the ops `penalise` and `sample`. A greedy step that asks for nothing
+else costs one argmax. Where columns are cut over ranks, all ranks sample alike, and gather whole only those rows that need it.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from trireme.core.request import Logprobs
 from trireme.core.step import Open, array
 from trireme.parallel.vocabulary import CutLogits
-from trireme.ranks.logprobs import describe
+from trireme.ranks.logprobs import Described
+from trireme.ranks.staging import upload
 
 _FEW = 64  # up to this top_k rows that are cut over ranks are drawn from their highest alone
 _ROW = np.dtype(
@@ -37,7 +37,8 @@ _ROW = np.dtype(
         ("penalises", np.bool_),
         ("biased", np.bool_),
         ("banned", np.bool_),  # has words of one token that must not appear
-    ]
+    ],
+    align=True,  # so that torch can take a column
 )
 
 
@@ -78,14 +79,12 @@ class Sampled:
     num_top: np.ndarray  # int64 [a]
     raw: CutLogits | None  # [a]: logits before anything changed them
 
-    def logprobs(self) -> list[Logprobs | None]:
-        """One for each token, None where not asked; empty where nobody asked. All ranks call it, or none."""
+    def describe(self) -> Described | None:
+        """Of the rows that asked, in their order. All ranks call it, or none."""
         if self.raw is None:
-            return []
-        found: list[Logprobs | None] = [None] * len(self.tokens)
-        for row, value in zip(self.asked, describe(self.raw, self.tokens[self.asked], self.num_top), strict=True):
-            found[row] = value
-        return found
+            return None
+        [asked] = upload([self.asked], self.tokens.device)
+        return Described(self.raw, self.tokens[asked], self.num_top)
 
 
 class Sampler:
@@ -94,12 +93,13 @@ class Sampler:
     def __init__(self, max_num_seqs: int, vocab_size: int, device: torch.device, sample: Callable, penalise: Callable):
         self._max_num_seqs, self._vocab_size, self._device = max_num_seqs, vocab_size, device
         self._sample, self._penalise = sample, penalise
+        self._one = torch.ones(1, dtype=torch.int32, device=device)
         self.clear()
 
     def clear(self) -> None:
         """Forget all sequences."""
         self._rows = np.zeros(self._max_num_seqs, dtype=_ROW)
-        self._bias: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # ids, what is added
+        self._bias: dict[int, tuple[torch.Tensor, ...]] = {}  # ids, what is added
         self._stops: dict[int, list[int]] = {}
         self._banned: dict[int, list[int]] = {}
         self._seen: dict[int, _Seen] = {}
@@ -112,7 +112,8 @@ class Sampler:
             table.pop(slot, None)
         if sampling.logit_bias:
             ids, values = zip(*sampling.logit_bias.items(), strict=True)
-            self._bias[slot] = (torch.tensor(ids, device=self._device), torch.tensor(values, dtype=torch.float32, device=self._device))
+            ids, values = np.array(ids, dtype=np.int64), np.array(values, dtype=np.float32)
+            self._bias[slot] = tuple(upload([ids, values], self._device))
         if sampling.min_tokens:
             self._stops[slot] = list(sampling.stop_token_ids)
         if banned:
@@ -142,7 +143,7 @@ class Sampler:
         rows = self._rows[slots]
         wanted = _Wanted(slots, rows, positions, self._banned_now(slots, rows, positions, bans))
         asked = np.flatnonzero(rows["num_logprobs"] >= 0)
-        raw = logits.select(asked) if len(asked) else None  # a copy, before anything changes
+        raw = logits.select(self._there(asked)) if len(asked) else None  # a copy, before anything changes
         changes = wanted.changes
         if not (changes.any() or rows["temperature"].any()):
             tokens = logits.argmax()
@@ -173,14 +174,17 @@ class Sampler:
         whole = changes | (filtered & ~few)
         tokens = torch.empty(len(rows), dtype=torch.int64, device=self._device)
         if len(which := np.flatnonzero(~few & ~whole)):
-            part = logits.select(which)
+            there = self._there(which)
+            part = logits.select(there)
             drawn, scores = self._draw(part.local, wanted.pick(which), part.ids)
-            tokens[which] = part.best(scores[:, None], drawn[:, None], 1)[1][:, 0]
+            tokens[there] = part.best(scores[:, None], drawn[:, None], 1)[1][:, 0]
         if len(which := np.flatnonzero(few)):
-            tokens[which], settled = self._draw_few(logits.select(which), wanted.pick(which))
+            there = self._there(which)
+            tokens[there], settled = self._draw_few(logits.select(there), wanted.pick(which))
             whole[which] = ~settled
         if len(which := np.flatnonzero(whole)):
-            tokens[which] = self._draw_whole(logits.select(which).full(), wanted.pick(which))
+            there = self._there(which)
+            tokens[there] = self._draw_whole(logits.select(there).full(), wanted.pick(which))
         return tokens
 
     def _draw_few(self, logits: CutLogits, wanted: _Wanted) -> tuple[torch.Tensor, np.ndarray]:
@@ -189,8 +193,9 @@ class Sampler:
         top_k = np.minimum(wanted.rows["top_k"], logits.vocab_size)
         num = min(int(top_k.max()) + 1, logits.vocab_size)
         values, ids = logits.topk(num)
-        scaled = values / self._column(wanted.rows, "temperature")[:, None]  # distinct logits may be equal once they are divided
-        kth = scaled.gather(1, torch.as_tensor(top_k - 1, device=self._device)[:, None])[:, 0]
+        temperature, last = upload([wanted.rows["temperature"], top_k - 1], self._device)
+        scaled = values / temperature[:, None]  # distinct logits may be equal once they are divided
+        kth = scaled.gather(1, last[:, None])[:, 0]
         settled = (scaled[:, -1] < kth).cpu().numpy() | (num == logits.vocab_size)
         ids, order = ids.sort(dim=-1)
         return self._draw(values.gather(1, order), wanted, ids)[0], settled
@@ -199,31 +204,36 @@ class Sampler:
         """`logits`: fp32 [n, V], changed in place -> tokens int64 [n]."""
         slots, rows, _, banned = wanted
         penalised = np.flatnonzero(rows["penalises"])
+        there = self._there(penalised)
         if len(penalised):
-            logits[penalised] = self._penalised(logits[penalised], slots[penalised], rows[penalised])
+            logits[there] = self._penalised(logits[there], slots[penalised], rows[penalised])
         for row in np.flatnonzero(rows["biased"]):
             ids, values = self._bias[slots[row]]
             logits[row, ids] += values
         if banned:
             at = np.repeat(list(banned), [len(ids) for ids in banned.values()])
-            logits[at, np.concatenate([np.asarray(ids, dtype=np.int64) for ids in banned.values()])] = -torch.inf
+            ids = np.concatenate([np.asarray(ids, dtype=np.int64) for ids in banned.values()])
+            logits.index_put_(tuple(upload([at, ids], self._device)), logits.new_full((), -torch.inf))
         tokens, _ = self._draw(logits, wanted)
-        for row, token in zip(penalised, tokens[penalised], strict=True):
-            self._seen[slots[row]].output_counts[token] += 1
+        if len(penalised):
+            for slot, token in zip(slots[penalised], tokens[there].split(1), strict=True):
+                self._seen[slot].output_counts.index_add_(0, token, self._one)
         return tokens
 
     def _penalised(self, logits: torch.Tensor, slots: np.ndarray, rows: np.ndarray) -> torch.Tensor:
         seen = [self._seen[slot] for slot in slots]
         prompts, counts = torch.stack([one.prompt for one in seen]), torch.stack([one.output_counts for one in seen])
-        return self._penalise(logits, prompts, counts, *(self._column(rows, name) for name in ("repetition", "presence", "frequency")))
+        parameters = upload([rows[name] for name in ("repetition", "presence", "frequency")], self._device)
+        return self._penalise(logits, prompts, counts, *parameters)
 
     def _draw(self, logits: torch.Tensor, wanted: _Wanted, ids: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """The op `sample`: (tokens int64 [n], scores fp32 [n]). `ids`: the columns' tokens, where they are not all."""
-        parameters = (self._column(wanted.rows, name) for name in ("temperature", "top_k", "top_p", "min_p", "seed"))
-        return self._sample(logits, *parameters, torch.as_tensor(wanted.positions, dtype=torch.int64, device=self._device), ids)
+        parameters = [wanted.rows[name] for name in ("temperature", "top_k", "top_p", "min_p", "seed")]
+        return self._sample(logits, *upload([*parameters, wanted.positions.astype(np.int64)], self._device), ids)
 
-    def _column(self, rows: np.ndarray, name: str) -> torch.Tensor:
-        return torch.as_tensor(rows[name].copy(), device=self._device)
+    def _there(self, rows: np.ndarray) -> torch.Tensor:
+        """Numbers of rows, on the device."""
+        return upload([rows], self._device)[0]
 
     def _read(self, history: np.ndarray, prompt_len: int) -> _Seen:
         prompt = torch.zeros(self._vocab_size, dtype=torch.bool)

@@ -1,0 +1,64 @@
+"""Stopwatch: where a rank's time goes in one step. A GPU is asked by events in its stream, since the host only launches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from trireme.core.step import Clock
+
+
+class Stopwatch:
+    """Started when a step begins; `stop` when all of it is launched.
+
+    A GPU waits for a step from the end of the one before it; a CPU for as long as its process says (`waited_s`).
+    """
+
+    def __init__(self, device: torch.device, waited_s: float, before: Stopwatch | None):
+        self._on_gpu, self._waited_s, self._before = device.type != "cpu", waited_s, before
+        self._marks: list[Any] = []  # torch.cuda.Event, or seconds of a host
+        self._began = time.time()
+        self._mark()
+
+    @contextmanager
+    def receiving(self) -> Iterator[None]:
+        """Around what comes from other stages."""
+        self._mark()
+        yield
+        self._mark()
+
+    def stop(self) -> None:
+        self._mark()
+
+    def wait(self) -> None:
+        """Until the device has done everything up to `stop`."""
+        if self._on_gpu:
+            self._marks[-1].synchronize()
+
+    def clock(self) -> Clock:
+        """After `wait`."""
+        first, asked, received, last = self._marks
+        waited_s, self._before = self._waited_s if self._before is None else self._before.gap_s(self), None
+        receiving_s = _seconds(asked, received)
+        busy_s = _seconds(first, last) - receiving_s
+        began = time.time() - receiving_s - busy_s if self._on_gpu else self._began
+        return Clock(began, waited_s, receiving_s, busy_s)
+
+    def gap_s(self, after: Stopwatch) -> float:
+        """Seconds in which nothing of this step or the next was under way."""
+        return _seconds(self._marks[-1], after._marks[0]) if self._on_gpu else after._waited_s
+
+    def _mark(self) -> None:
+        if not self._on_gpu:
+            self._marks.append(time.perf_counter())
+            return
+        self._marks.append(torch.cuda.Event(enable_timing=True, blocking=True))
+        self._marks[-1].record()
+
+
+def _seconds(one: Any, other: Any) -> float:
+    return other - one if isinstance(one, float) else one.elapsed_time(other) / 1000
