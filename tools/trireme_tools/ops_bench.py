@@ -33,7 +33,7 @@ _LONGEST_S = 0.5  # of one call
 class Ceiling:
     """What this machine was seen to do, in the same run."""
 
-    bytes_per_s: float  # a large copy: bytes read and bytes written
+    bytes_per_s: float  # the faster of two large copies, one by the driver, one by a kernel: bytes read and bytes written
     flops: float  # a large bfloat16 product
 
 
@@ -112,11 +112,12 @@ class _GpuClock:
 
 def _ceiling(clock: _CpuClock | _GpuClock) -> Ceiling:
     on_gpu = clock.device == "cuda"
-    numbers = torch.ones((1 << 30) if on_gpu else (64 << 20), dtype=torch.uint8, device=clock.device)
+    numbers = torch.ones((1 << 28) if on_gpu else (1 << 24), device=clock.device)
     target, side = torch.empty_like(numbers), 8192 if on_gpu else 1024
+    copies = (lambda: target.copy_(numbers)), (lambda: torch.neg(numbers, out=target))
     matrix = torch.randn(side, side, device=clock.device).bfloat16()  # a product of zeros would be faster than of numbers
     return Ceiling(
-        bytes_per_s=2 * numbers.nbytes / clock.seconds([lambda: target.copy_(numbers)]),
+        bytes_per_s=2 * numbers.nbytes / min(clock.seconds([copy]) for copy in copies),
         flops=2 * side**3 / clock.seconds([lambda: matrix @ matrix]),
     )
 

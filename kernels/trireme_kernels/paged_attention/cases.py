@@ -26,7 +26,7 @@ CASES = (
     Case("cpu", torch.float32, {**_MQA, "items": 3, "max_queries": 20, "max_keys": 70}),
     Case("cpu", torch.bfloat16, {"num_heads": 4, "num_kv_heads": 1, "head_dim": 128, "items": 5, "max_queries": 50, "max_keys": 200}),
     Case("cpu", torch.bfloat16, {"num_heads": 8, "num_kv_heads": 1, "head_dim": 128, "items": 9, "max_queries": 1, "max_keys": 300}),
-    Case("cpu", torch.bfloat16, {**_DEMO, "items": 6, "max_queries": 40, "max_keys": 90, "decodes": 4, "window": 33}),
+    Case("cpu", torch.bfloat16, {**_QWEN3_8B, "items": 6, "max_queries": 40, "max_keys": 90, "decodes": 4, "window": 33}),
 )
 # Decodes at 1K and 8K tokens, whole prompts, a chunk with decodes before it
 BENCH = tuple(
