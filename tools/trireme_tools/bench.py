@@ -8,6 +8,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from trireme.core.refusal import Refusal
+from trireme.core.settings import Settings
 from trireme.serve.metrics import METRICS_PERIOD_S
 from trireme_tools.load import drive, summary
 from trireme_tools.scrape import between, read_page
@@ -40,6 +42,8 @@ def bench(
     concurrency: Annotated[int, typer.Option(help="Requests at once; also the peer's batch size.", min=1)] = 8,
     rate: Annotated[float | None, typer.Option(help="Requests a second (Poisson), in place of --concurrency.", min=0.001)] = None,
     peer: Annotated[Literal["transformers"] | None, typer.Option(help="Measure it on the same prompts, after ours.")] = None,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0)] = 0.0,
+    decode: Annotated[str, typer.Option(help="Offline: only the time of a decode step of so many sequences, as 1,32,256.")] = "",
     seed: int = 0,
     ops: Annotated[bool, typer.Option(help="Only the kernels, on shapes of real models, against what this machine can do.")] = False,
     op: Annotated[str | None, typer.Option(help="With --ops: this one alone.")] = None,
@@ -56,7 +60,11 @@ def bench(
     from trireme_tools.serve import settings_of
 
     settings, console = settings_of(model, chosen), Console(stderr=True)
+    if decode:
+        _bench_decode(settings, decode, int(input_len), int(output_len), output)
+        return
     asks = _asks(workload, requests, input_len, output_len, _vocab_size(settings.model), seed)
+    asks = [replace(ask, temperature=temperature) for ask in asks]
     report: dict[str, Any] = {"machine": _machine(), "workload": _describe(asks)}
     with _progress(console, "trireme", len(asks)) as tick:
         if offline:
@@ -85,6 +93,20 @@ def bench(
 
 def _asks(workload: str, requests: int, input_len: str, output_len: str, vocab_size: int, seed: int) -> list[Ask]:
     return seqs256(vocab_size) if workload == "seqs256" else make_workload(requests, input_len, output_len, vocab_size, seed)
+
+
+def _bench_decode(settings: Settings, batches: str, input_len: int, output_len: int, output: Path) -> None:
+    from trireme_tools.offline import measure_decode
+
+    steps = measure_decode(settings, [int(batch) for batch in batches.split(",")], input_len, output_len, _vocab_size(settings.model))
+    table = Table("sequences", "decode step, ms", "prompt tokens/s", title=f"{input_len} in, {output_len} out, all at once")
+    for step in steps:
+        table.add_row(str(step.batch), f"{step.step_ms:.2f}", f"{step.batch * input_len / step.first_s:.0f}")
+    Console().print(table)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.with_suffix(".json").write_text(
+        json.dumps({"machine": _machine(), "decode": [step._asdict() for step in steps]}, indent=2) + "\n"
+    )
 
 
 def _describe(asks: list[Ask]) -> dict[str, int]:

@@ -59,7 +59,7 @@ async def _drive(
 
 
 async def _one(client: Client, ask: Ask, record: Record, began: float) -> None:
-    sampling = {"max_tokens": ask.num_output, "temperature": 0.0, "ignore_eos": True}
+    sampling = {"max_tokens": ask.num_output, "temperature": ask.temperature, "ignore_eos": True}
     last = record.sent
     try:
         async for response in client.stream(input_ids=list(ask.prompt), stream=True, **sampling):

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 from rich.console import Console
@@ -20,7 +21,7 @@ from trireme.ranks.launch import Launcher
 from trireme.ranks.local import LocalStages
 from trireme.serve.place import run_folder
 from trireme_tools.load import Record
-from trireme_tools.workload import Ask
+from trireme_tools.workload import Ask, make_workload
 
 
 @contextlib.contextmanager
@@ -72,6 +73,27 @@ def measure(settings: Settings, workload: Sequence[Ask], concurrency: int, progr
         return _drive(engine, workload, concurrency, progress)
 
 
+class DecodeStep(NamedTuple):
+    """What many equal sequences at once take."""
+
+    batch: int
+    first_s: float  # for one token of each
+    step_ms: float  # for each token after that
+
+
+def measure_decode(settings: Settings, batches: Sequence[int], input_len: int, output_len: int, vocab_size: int) -> list[DecodeStep]:
+    """A decode step is (seconds of output_len tokens - seconds of one) / (output_len - 1), in milliseconds."""
+    settings = msgspec.structs.replace(settings, max_queue_size=max(settings.max_queue_size, *batches))
+    with running(settings) as engine:
+
+        def seconds(batch: int, outputs: int) -> float:
+            return _drive(engine, make_workload(batch, str(input_len), str(outputs), vocab_size, outputs), batch, lambda count: None)[1]
+
+        seconds(max(batches), 8)
+        times = [(batch, seconds(batch, 1), seconds(batch, output_len)) for batch in batches]
+    return [DecodeStep(batch, first_s, (all_s - first_s) / (output_len - 1) * 1e3) for batch, first_s, all_s in times]
+
+
 def _drive(engine: Engine, workload: Sequence[Ask], concurrency: int, progress: Callable[[int], None]) -> tuple[list[Record], float]:
     began, gate = time.perf_counter(), threading.Semaphore(concurrency)
     records = {}
@@ -88,7 +110,7 @@ def _drive(engine: Engine, workload: Sequence[Ask], concurrency: int, progress: 
         gate.acquire()
         name = f"{began}-{i}"
         records[name] = Record(len(ask.prompt), time.perf_counter() - began)
-        sampling = Sampling(max_tokens=ask.num_output, temperature=0.0)
+        sampling = Sampling(max_tokens=ask.num_output, temperature=ask.temperature)
         engine.submit(Request(id=name, prompt=list(ask.prompt), sampling=sampling), listen)
     for _ in range(concurrency):
         gate.acquire()

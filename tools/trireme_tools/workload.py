@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,7 @@ class Ask:
 
     prompt: tuple[int, ...]
     num_output: int
+    temperature: float = 0.0
 
 
 def make_workload(num_requests: int, inputs: str, outputs: str, vocab_size: int, seed: int = 0) -> list[Ask]:
@@ -27,8 +29,10 @@ def make_workload(num_requests: int, inputs: str, outputs: str, vocab_size: int,
 
 
 def seqs256(vocab_size: int) -> list[Ask]:
-    """The 256-sequence workload of nano-vllm's bench: in and out uniform 100-1024, seed 0."""
-    return make_workload(256, "100-1024", "100-1024", vocab_size)
+    """The 256-sequence workload of nano-vllm's bench, token for token: in and out uniform 100-1024, ids up to 10000, seed 0."""
+    draw = random.Random(0)
+    prompts = [tuple(draw.randint(0, 10000) % vocab_size for _ in range(draw.randint(100, 1024))) for _ in range(256)]
+    return [Ask(prompt, draw.randint(100, 1024)) for prompt in prompts]
 
 
 def arrivals(num_requests: int, rate: float | None, seed: int = 0) -> np.ndarray:
