@@ -49,6 +49,10 @@ class Link(Protocol):
         """Last stage: int32 [num_samples], in step order."""
         ...
 
+    def close(self) -> None:
+        """The epoch's end: ranks at the other ends are freed."""
+        ...
+
 
 def form_link(
     settings: Settings,
@@ -112,6 +116,11 @@ class CollectiveLink:
         assert self._back, "tokens are sampled in the last stage"
         self._back.send(tokens)
 
+    def close(self) -> None:
+        for pair in (self._before, self._after, self._back):
+            if pair is not None:
+                pair.close()
+
 
 class TensorLink:
     """Every rank gets the rows with the call, and rank 0 gives them with its answer: an edge has all of them."""
@@ -141,6 +150,9 @@ class TensorLink:
     def send_tokens(self, tokens: torch.Tensor) -> None:
         raise LinkLost("the tensor link brings no tokens back: the front waits for them")
 
+    def close(self) -> None:
+        """It has no other ends."""
+
 
 class SoloLink:
     def __init__(self) -> None:
@@ -158,6 +170,9 @@ class SoloLink:
 
     def send_tokens(self, tokens: torch.Tensor) -> None:
         self._expected.popleft().tokens = tokens
+
+    def close(self) -> None:
+        self._expected.clear()
 
 
 class _Here:
