@@ -15,9 +15,9 @@ from trireme.core.control import Answer
 from trireme.core.devices import place_ranks
 from trireme.core.log import logger
 from trireme.core.refusal import Refusal
-from trireme.core.request import Logprobs
+from trireme.core.request import Logprobs, Sampling
 from trireme.core.settings import Settings
-from trireme.core.step import PAGE, Clock, Outcome, Step, array, ints
+from trireme.core.step import PAGE, Clock, Open, Outcome, Step, array, ints
 from trireme.layers.block import Build
 from trireme.models.decoder import Decoder
 from trireme.models.registry import build_stage
@@ -149,7 +149,9 @@ class Runner:
         self._prompts.clear()
 
     def leave(self) -> None:
-        """Drop the link and the groups, and everything on its way over them: only then are the other ends freed."""
+        """Close and drop the link and the groups, and everything on its way over them: only then are the other ends freed."""
+        if self._link is not None:
+            self._link.close()
         self._link = None
         self.collectives.leave()
         self._fed.clear()
@@ -314,7 +316,10 @@ class Runner:
         edge = torch.zeros(self._decoder.num_edge_rows(deal), self.hidden, dtype=self.dtype, device=self._device)
         result = self._decoder.forward(self._batch(rows, deal, rows.sampled_rows), deal, None if self._is_first else edge)
         if self._is_last:
-            self._sampler.sample(CutLogits(result, self._vocab_size, self._along_vocabulary), rows.slots, rows.ends, ())
+            for temperature in (0.0, 1.0):  # whatever is compiled at its first use is compiled before the first request
+                self._sampler.open(Open(0, Sampling(max_tokens=1, temperature=temperature), 1))
+                self._sampler.sample(CutLogits(result, self._vocab_size, self._along_vocabulary), rows.slots, rows.ends, ())
+            self._sampler.clear()
 
 
 def _spread(num_rows: int, num_items: int) -> np.ndarray:

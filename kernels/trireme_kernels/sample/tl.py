@@ -57,12 +57,12 @@ def sample(
     row = logits, temperature, top_k, top_p, min_p, seeds, positions, logits if ids is None else ids, best, where
     sizes = width, num_parts, logits.stride(0), 0 if ids is None or len(ids) == 1 else ids.stride(0)
     _draw[(num_rows, num_parts)](*row, *sizes, part, NAMED=ids is not None, BLOCK=_BLOCK)
-    parts = triton.next_power_of_2(num_parts)
+    parts = triton.next_power_of_2(num_blocks)  # the most there can be, so that all batches share one compiled kernel
     _settle[(num_rows,)](*row, tokens, scores, *sizes, NAMED=ids is not None, BLOCK=_BLOCK, PARTS=parts, num_warps=8)
     return tokens, scores
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_parts", "part"])
 def _draw(
     logits, temperature, top_k, top_p, min_p, seeds, positions, ids, best, where,
     width, num_parts, logits_row, ids_row, part, NAMED: tl.constexpr, BLOCK: tl.constexpr,
@@ -88,7 +88,7 @@ def _draw(
     tl.store(where + row * num_parts + nth, column)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_parts"])
 def _settle(
     logits, temperature, top_k, top_p, min_p, seeds, positions, ids, best, where, tokens, scores,
     width, num_parts, logits_row, ids_row, NAMED: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
