@@ -51,7 +51,7 @@ class ServerProcess:
         argv = command(home, repository=self.repository, backend_dir=backends, ports=ports, thread_pool=64, shm_prefix=self.prefix)
         if not explicit:
             argv = [word for word in argv if not word.startswith(("--model-control-mode", "--load-model"))]
-        self._argv, self._env = [*argv, *flags], home.environment() | {"OMP_NUM_THREADS": "1"}
+        self._argv, self._env = [*argv, *flags], home.environment() | {"OMP_NUM_THREADS": "1", "TRIREME_LOG": "INFO"}
         self.process: subprocess.Popen | None = None
 
     @property
