@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from layout.sources import HOME, ROOTS
+from server.process import kill_stub
 from trireme.serve.place import run_folder
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(180)]
@@ -94,7 +95,7 @@ def assert_nothing_left(family: list[psutil.Process], supervisor: int) -> None:
 
 def test_a_dead_front_comes_back_and_a_stop_leaves_nothing(served: Served):
     tokens, family = served.ask(), served.family()
-    served.stub("llm").kill()
+    kill_stub(served.stub("llm"))
     deadline = time.monotonic() + 60
     while True:
         try:
@@ -118,7 +119,7 @@ def test_twenty_dead_stages_in_a_row_under_load(served: Served):
         with ThreadPoolExecutor(6) as clients:
             asked = [clients.submit(served.ask, 150) for _ in range(6)]
             time.sleep(0.1)
-            served.stub(f"stage_{number % 2}").kill()
+            kill_stub(served.stub(f"stage_{number % 2}"))
             assert [answer.result() for answer in asked] == [tokens] * 6, f"kill {number}"
     family = served.family()
     served.process.send_signal(signal.SIGTERM)
