@@ -23,21 +23,6 @@ from trireme_tools.server_home import Ports, command, find_server, lay_out
 SHM = Path("/dev/shm")
 
 
-def kill_stub(stub: psutil.Process) -> None:
-    """kill -9 at a moment at which none of its threads runs. One that dies inside a lock of the server's shared memory takes the
-    server along, three times in a hundred (24.10 aborts by boost's lock_exception), and that is not ours to heal."""
-    deadline = time.monotonic() + 5
-    while time.monotonic() < deadline and not all(state == "S" for state in _states(stub.pid)):
-        pass
-    stub.kill()
-
-
-def _states(pid: int) -> list[str]:
-    """Of a process' threads, as /proc has them: S for asleep."""
-    stats = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
-    return [stat.rpartition(")")[2].split()[0] for stat in stats]
-
-
 def free_ports(count: int) -> list[int]:
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [sock.getsockname()[1] for sock in sockets]

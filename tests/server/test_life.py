@@ -9,7 +9,7 @@ import time
 import psutil
 import pytest
 
-from server.process import ServerProcess, kill_stub
+from server.process import ServerProcess
 from tiny import greedy_tokens
 
 GREEDY = {"temperature": 0, "ignore_eos": True}
@@ -76,7 +76,7 @@ def test_a_killed_stage_is_loaded_again(checkpoint, tmp_path, model):
         server.wait_ready()
         threads, answers = ask_many(server, prompts, 120)
         time.sleep(0.5)
-        kill_stub(server.stub(model))
+        server.stub(model).kill()
         for thread in threads:
             thread.join(120)
         assert [answer["output_ids"] for _, answer in answers] == expected
