@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from trireme.models.planner import SETTINGS
+
 DENSE, MOE = ("llama", "qwen2", "qwen3"), ("qwen2_moe", "qwen3_moe")
 
 # Odd on purpose: 12 heads of which 6 share one key/value head, a vocabulary that nothing divides, four layers of 88 columns.
@@ -88,13 +90,6 @@ FEW = [
 ]
 assert set(FEW) <= set(GRID)
 
-_SIZE_OF = {
-    "pp": "pipeline_parallel_size",
-    "tp": "tensor_parallel_size",
-    "cp": "context_parallel_size",
-    "ep": "expert_parallel_size",
-    "moe_dp": "moe_data_parallel_size",
-}
 _WORDS: dict[str, dict[str, Any]] = {
     "sp": {"sequence_parallel": "on"},
     "dispatched": {"experts": "dispatched"},
@@ -113,5 +108,5 @@ def settings_of(plan: str) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for word in plan.split():
         name = word.rstrip("0123456789")
-        values |= {_SIZE_OF[name]: int(word.removeprefix(name))} if name in _SIZE_OF else _WORDS[word]
+        values |= _WORDS[word] if word in _WORDS else {SETTINGS[name]: int(word.removeprefix(name))}
     return values

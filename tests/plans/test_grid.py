@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from plans.test_plans import make_prompts
 from plans.whole import assert_same_tokens, emissions_of
 from tiny import greedy_tokens, prompt_logits, tiny_checkpoint
 from trireme.core.request import Request, Sampling
-from trireme.core.settings import make_settings
+from trireme.core.settings import Settings, make_settings
+from trireme.models.planner import SETTINGS
 from trireme.ranks.pool import RankPool
 from trireme_tools import offline
 
@@ -90,13 +92,6 @@ def test_a_parallel_plan_changes_nothing(expected: Oracle, pool: RankPool, passe
     passed.append({"family": family, "plan": plan_of(settings), "passed": True})
 
 
-def plan_of(settings) -> dict:
-    return {
-        "pp": settings.pipeline_parallel_size,
-        "tp": settings.tensor_parallel_size,
-        "cp": settings.context_parallel_size,
-        "ep": settings.expert_parallel_size,
-        "moe_dp": settings.moe_data_parallel_size,
-        "sp": settings.sp_from is not None,
-        "experts": settings.experts,
-    }
+def plan_of(settings: Settings) -> dict[str, Any]:
+    """As `trireme plan --results` reads it."""
+    return {name: getattr(settings, setting) for name, setting in SETTINGS.items()} | {"sp": settings.sp_from is not None}

@@ -128,7 +128,7 @@ def test_prompt_rows_are_all_but_the_last_of_the_prompt():
     def stretch(slot: int, start: int, count: int):
         empty = np.zeros(0, np.int64)
         slots, starts, counts = (np.array([1, value], np.int32) for value in (slot, start, count))
-        return prompts.stretches(Rows(slots, starts, counts, np.cumsum(counts) - counts, empty, empty, empty, empty))
+        return prompts.stretches(Rows(slots, starts, counts, np.cumsum(counts) - counts, empty, empty, empty, empty, empty))
 
     (whole,) = stretch(4, 0, 7)  # prefilled again after preemption: outputs are in the log, and are not told
     assert (whole.start, whole.rows.tolist(), whole.tokens.tolist()) == (0, [1, 2, 3, 4], PROMPT[1:])

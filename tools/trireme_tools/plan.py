@@ -14,14 +14,13 @@ from trireme.core.settings import Settings, make_settings
 from trireme.models.forecast import Demand
 from trireme.models.hardware import DEVICES, GIB, Device
 from trireme.models.planner import SETTINGS, Sizes, nearest, survey
-from trireme.models.spec import Spec, read_spec
+from trireme.models.spec import ITEM_BYTES, Spec, read_spec
 from trireme.parallel.plan import Plan
 from trireme_tools.plan_report import as_json, show
 from trireme_tools.settings_options import settings_options_of
 from trireme_tools.support_matrix import read_results, support_matrix
 
 _CONTEXT = 8192  # tokens of a request where nobody says and the checkpoint has as many
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @settings_options_of(*SETTINGS.values(), "layer_cut", "dtype", "max_num_batched_tokens", "link")
@@ -102,7 +101,7 @@ def _item_bytes(settings: Settings, spec: Spec, device: Device) -> int:
     """As ranks choose it: auto is float32 on a CPU, else the checkpoint's."""
     if settings.dtype == "auto":
         return 4 if device.name == "CPU" else spec.item_bytes
-    return _ITEM_BYTES[settings.dtype]
+    return ITEM_BYTES[settings.dtype]
 
 
 def _why_none(named: Sizes, settings: Settings, spec: Spec, num_gpus: int) -> Refusal:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 
 from trireme.core.refusal import Refusal
-from trireme.core.settings import Settings, make_settings
+from trireme.core.settings import Settings, revise
 
 
 @dataclass(frozen=True)
@@ -119,11 +119,9 @@ def _with_options(verb: Callable[..., Any], flags: dict[str, Flag]) -> Callable[
 
 def override(settings: Settings, chosen: dict[str, Any]) -> Settings:
     """The settings with what the user chose on the command line, checked again."""
-    values = {name: getattr(settings, name) for name in Settings.__struct_fields__}
-    for name, sizes in _NAMED_BY_PLACE.items():
-        if sizes & set(chosen):
-            values[name] = None  # that of a file names other stages or ranks
-    return make_settings(values | chosen)
+    # those of a file name other stages or ranks
+    outdated = dict.fromkeys(name for name, sizes in _NAMED_BY_PLACE.items() if sizes & set(chosen))
+    return revise(settings, outdated | chosen)
 
 
 def _option(name: str, flag: Flag, hint: Any) -> inspect.Parameter:

@@ -189,6 +189,11 @@ def make_settings(values: dict[str, Any]) -> Settings:
     return settings
 
 
+def revise(settings: Settings, values: dict[str, Any]) -> Settings:
+    """The settings with other values, checked again; Refusal as by make_settings."""
+    return make_settings(msgspec.structs.asdict(settings) | values)
+
+
 def _check_sequence_parallel(value: object) -> None:
     if value not in ("off", "on") and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
         raise Refusal(

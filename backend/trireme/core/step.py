@@ -40,6 +40,16 @@ class Regime(NamedTuple):
     def __str__(self) -> str:
         return " ".join(name for name, on in zip(self._fields, self, strict=True) if on) or "plain"
 
+    @classmethod
+    def of(cls, counts: list[int], sp_from: int | None, cp: int) -> Regime:
+        """Of a step whose items have `counts` rows, as the front writes it. An item shorter than 2 * cp (a decode, the end of a
+        prompt) cannot be cut zig-zag evenly, so cp is on where the longer ones hold half of the rows."""
+        num_rows = sum(counts)
+        return cls(
+            sp=sp_from is not None and num_rows >= sp_from,
+            cp=cp > 1 and 2 * sum(count for count in counts if count >= 2 * cp) >= num_rows,
+        )
+
 
 class Open(msgspec.Struct, frozen=True, array_like=True):
     """A sequence takes a slot: its sampler row starts anew. `history` is its token log so far (prompt, then output)

@@ -253,7 +253,7 @@ class Scheduler:
         self._prompt_rows_in_flight += sheet.flight.prompt_rows
         self._prefilled = sheet.flight.prompt_rows > 0
         self._next_number += 1
-        step = sheet.step(self.epoch, _regime(sheet.counts, self.limits))
+        step = sheet.step(self.epoch, Regime.of(sheet.counts, self.limits.sp_from, self.limits.cp))
         self.stats.step_planned(step, falls_back=not mixes and self._prefilled and not step.cp)
         return step
 
@@ -581,15 +581,6 @@ class Scheduler:
         sequence.state = State.WAITING
         sequence.slot, sequence.pages = -1, []
         self._waiting.push(sequence)
-
-
-def _regime(counts: list[int], limits: Limits) -> Regime:
-    """How ranks share a step whose items have `counts` rows. An item shorter than 2 * cp (a decode, the end of a prompt)
-    cannot be cut zig-zag evenly, so cp is on where the longer ones hold half of the rows."""
-    num_rows = sum(counts)
-    sp = limits.sp_from is not None and num_rows >= limits.sp_from
-    cp = limits.cp > 1 and 2 * sum(count for count in counts if count >= 2 * limits.cp) >= num_rows
-    return Regime(sp, cp)
 
 
 def queue_full(num_queued: int) -> Refusal:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import NamedTuple
 
@@ -111,30 +111,20 @@ def forecast(spec: Spec, plan: Plan, settings: Settings, device: Device, demand:
 
     num_chunks = ceil(demand.prompt / settings.max_num_batched_tokens)
     chunk = ceil(demand.prompt / num_chunks)
-    regime = Regime(sp=_is_sp(settings, chunk), cp=plan.cp > 1 and chunk >= 2 * plan.cp)
+    regime = Regime.of([chunk], settings.sp_from, plan.cp)
     clock = _Clock(spec, plan, device, item_bytes)
     chunk_s = [clock.step(stage, chunk, 1, demand.prompt // 2, regime) for stage in range(plan.pp)]
     prefill_s = sum(chunk_s) + (num_chunks - 1) * max(chunk_s)
 
     num_steps = min(plan.pp, held.concurrent)
     rows = ceil(held.concurrent / num_steps)
-    step_s = [clock.step(stage, rows, rows, demand.context, Regime(sp=_is_sp(settings, rows))) for stage in range(plan.pp)]
+    regime = Regime.of([1] * rows, settings.sp_from, plan.cp)
+    step_s = [clock.step(stage, rows, rows, demand.context, regime) for stage in range(plan.pp)]
     hops_s = plan.pp * device.reach.hop_s
     decode_s = max(sum(step_s) + hops_s, num_steps * max(step_s))
 
     busy_s = num_chunks * max(chunk_s) + demand.output * decode_s / held.concurrent  # that a request takes of the whole
-    return Forecast(
-        ranks=ranks,
-        usable_bytes=device.usable_bytes,
-        demand=demand,
-        prefill_s=prefill_s + hops_s,
-        decode_s=decode_s,
-        tokens_per_s=demand.output / busy_s,
-    )
-
-
-def _is_sp(settings: Settings, rows: int) -> bool:
-    return settings.sp_from is not None and rows >= settings.sp_from
+    return replace(held, prefill_s=prefill_s + hops_s, decode_s=decode_s, tokens_per_s=demand.output / busy_s)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from math import log2
 from typing import Any, Literal, NamedTuple
 
 from trireme.core.refusal import Refusal
-from trireme.core.settings import Settings, make_settings
+from trireme.core.settings import Settings, revise
 from trireme.models.forecast import Demand, Forecast, forecast
 from trireme.models.hardware import Device
 from trireme.models.spec import Spec
@@ -34,10 +34,9 @@ class Sizes(NamedTuple):
 
     def settings(self, base: Settings) -> Settings:
         """The base settings, spread so. Refusal as for a settings file."""
-        values = {name: getattr(base, name) for name in Settings.__struct_fields__}
         chosen = {SETTINGS[name]: value for name, value in self._asdict().items()}
         chosen["sequence_parallel"] = (base.sequence_parallel if base.sequence_parallel != "off" else "on") if self.sp else "off"
-        return make_settings(values | chosen)
+        return revise(base, chosen)
 
     def distance(self, other: Sizes) -> float:
         """How much changes from one to the other: doublings and halvings, then half a step for each of sp and experts."""

@@ -42,7 +42,7 @@ _FAMILIES: Mapping[str, tuple[Family, Mapping[str, Any]]] = {
     ),
 }
 ARCHITECTURES = tuple(_FAMILIES)
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ class Spec:
 
     @property
     def item_bytes(self) -> int:
-        return _ITEM_BYTES[self.dtype]
+        return ITEM_BYTES[self.dtype]
 
 
 def read_spec(model: str | Path) -> Spec:
@@ -127,8 +127,8 @@ def make_spec(values: Mapping[str, Any], *, source: str = "config.json") -> Spec
     config.must_be("quantization_config", None, "weights here are float32, bfloat16 or float16")
     config.must_be("attention_bias", True, "Qwen2 checkpoints have query, key and value biases", only=family == "qwen2")
     dtype = config.get("dtype", config.get("torch_dtype", "float32"))
-    if dtype not in _ITEM_BYTES:
-        raise config.refusal(f"dtype {dtype!r} is not known", f"it is one of {', '.join(_ITEM_BYTES)}")
+    if dtype not in ITEM_BYTES:
+        raise config.refusal(f"dtype {dtype!r} is not known", f"it is one of {', '.join(ITEM_BYTES)}")
 
     hidden, num_layers, num_heads = config.size("hidden_size"), config.size("num_hidden_layers"), config.size("num_attention_heads")
     num_kv_heads = config.size("num_key_value_heads", num_heads)

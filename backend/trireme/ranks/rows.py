@@ -18,13 +18,10 @@ class Rows:
     counts: np.ndarray  # int32 [I]
     firsts: np.ndarray  # int64 [I]: an item's first row
     sampled: np.ndarray  # int64 [S]: items whose last row is sampled
+    owners: np.ndarray  # int32 [T]: a row's slot
     tokens: np.ndarray  # int64 [T]: FED where the token is not in the Step
     positions: np.ndarray  # int64 [T]
     pages: np.ndarray  # int64 [T]: page * PAGE + offset
-
-    @property
-    def owners(self) -> np.ndarray:  # int32 [T]: a row's slot
-        return np.repeat(self.slots, self.counts)
 
     @property
     def fed(self) -> np.ndarray:  # bool [T]
@@ -49,13 +46,15 @@ def lay_out(step: Step, page_table: np.ndarray) -> Rows:
     slots, starts, counts = array(step.slots), array(step.starts), array(step.counts)
     firsts = np.cumsum(counts, dtype=np.int64) - counts
     positions = np.arange(step.num_rows) + np.repeat(starts - firsts, counts)
-    pages = page_table[np.repeat(slots, counts), positions // PAGE].astype(np.int64)
+    owners = np.repeat(slots, counts)
+    pages = page_table[owners, positions // PAGE].astype(np.int64)
     return Rows(
         slots=slots,
         starts=starts,
         counts=counts,
         firsts=firsts,
         sampled=np.flatnonzero(array(step.samples)),
+        owners=owners,
         tokens=array(step.tokens).astype(np.int64),
         positions=positions,
         pages=pages * PAGE + positions % PAGE,
