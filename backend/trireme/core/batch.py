@@ -6,10 +6,30 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(queries [N, Hq, D], keys, values: pools) -> [N, Hq, D], of one step's lengths and page tables."""
+
+
+@dataclass(frozen=True)
+class Items:
+    """The I items of a step, as blocks with a state for each request read them: whole items, also under context parallelism.
+
+    An item's states take `replays` rows that its slot held before, then this step's rows; where it `holds`, those are kept
+    aside instead, since they are a token and drafts of which some may not stand.
+
+        state --replays--> state --counts--> state          prompt rows, a decode
+        state --replays--> state;  rows --> what is held    a token and drafts
+    """
+
+    slots: torch.Tensor  # int64 [I], on the device
+    fresh: torch.Tensor  # bool [I], on the device: it begins at position 0, so its states are zero
+    counts: np.ndarray  # int32 [I], above zero
+    replays: np.ndarray  # int32 [I]
+    holds: np.ndarray  # bool [I]
+    plans: dict[object, Any]  # what ops made of these numbers, once a step, by the op
 
 
 @dataclass(frozen=True)
@@ -27,3 +47,4 @@ class Batch:
     shared: Any  # parallel.context.Shared, or None where this rank has all rows
     caches: Sequence[tuple[torch.Tensor, ...]]  # what each block's `keeps` asked for, by its cache number
     head_rows: torch.Tensor  # int64 [R]: of the step's T rows, those that need logits (sampled ones, and those of prompt logprobs)
+    items: Items | None = None  # where a block keeps states

@@ -51,6 +51,7 @@ class StageState(msgspec.Struct, frozen=True, tag="state"):
     detail: str = ""
     epoch: int = -1  # the last epoch joined
     num_pages: int = 0  # capacity, once ready
+    num_snapshots: int | None = None  # room for copies of a sequence's states; None where no layer keeps any
     ranks: list[RankState] = []
     reordered: int = 0  # steps that came early and were held, since the stage began
     restarts: int = 0  # ranks started again

@@ -13,6 +13,14 @@ from trireme.core.refusal import Refusal
 from trireme.core.step import PAGE
 
 
+class Mtp(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """Speculative decoding by the checkpoint's own head (multi-token prediction)."""
+
+    num_tokens: int | None = None  # drafts of a sequence at the most; None: 3 where the checkpoint has a head; 0: off
+    adaptive: bool = True  # fewer drafts where few are accepted
+    max_batch_size: int = 32  # running sequences above which none are drafted, since they cost more than they bring
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """vLLM's spelling where the meaning is the same. Paths are absolute once read by `read_settings`."""
 
@@ -30,6 +38,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, fo
     gpu_memory_utilization: float = 0.9  # the part of a GPU's memory that a rank may fill
     enforce_eager: bool = False  # no CUDA graphs
     num_pages: int | None = None  # exact number of pages, in place of bytes
+    state_cache_memory_bytes: int | None = None  # of one rank's snapshots of states (hybrid models); None: as many as slots
+    mtp: Mtp = Mtp()
     pipeline_parallel_size: int = 1
     tensor_parallel_size: int = 1  # of attention and dense layers
     context_parallel_size: int = 1  # a stage has tp * cp ranks
@@ -104,6 +114,10 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     fed_back: bool = True
     sp_from: int | None = None  # rows of a step from which sp is on
     cp: int = 1
+    num_snapshots: int | None = None  # copies of a sequence's states that stages have room for; None: no layer keeps states
+    num_drafts: int = 0  # of a sequence at the most; 0: no head drafts
+    adaptive_drafts: bool = True
+    max_drafting: int = 32  # running sequences above which none are drafted
 
     @classmethod
     def of(cls, settings: Settings, *, max_model_len: int, num_pages: int) -> Limits:

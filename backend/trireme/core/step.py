@@ -31,6 +31,16 @@ def array(packed: bytes) -> np.ndarray:
     return np.frombuffer(packed, dtype=np.int32)
 
 
+def accepted(drafts: np.ndarray, tokens: np.ndarray) -> int:
+    """How many of a sequence's drafts stand: int [d] drafts, int [d + 1] tokens sampled at the rows before and of them.
+
+    Each token is drawn from the model's own distribution given the rows before it, so the first that differs from its draft is
+    as good as any, and those after it were drawn for a text that is not: accepted([5, 6, 7], [5, 6, 9, 1]) == 2, and 5 6 9 are
+    the sequence's. Drafts are certain (an argmax), so this is Leviathan et al. 2023's rejection rule with one draw for both.
+    """
+    return int(np.cumprod(drafts == tokens[: len(drafts)]).sum())
+
+
 class Regime(NamedTuple):
     """How the ranks of a stage share the rows of one step, where that differs from step to step."""
 
@@ -42,8 +52,8 @@ class Regime(NamedTuple):
 
     @classmethod
     def of(cls, counts: list[int], sp_from: int | None, cp: int) -> Regime:
-        """Of a step whose items have `counts` rows, as the front writes it. An item shorter than 2 * cp (a decode, the end of a
-        prompt) cannot be cut zig-zag evenly, so cp is on where the longer ones hold half of the rows."""
+        """Of a step whose items have `counts` rows, as the front writes it; cp is 1 in a step of decodes. An item shorter than
+        2 * cp (the end of a prompt) cannot be cut zig-zag evenly, so cp is on where the longer ones hold half of the rows."""
         num_rows = sum(counts)
         return cls(
             sp=sp_from is not None and num_rows >= sp_from,
@@ -69,7 +79,7 @@ class Step(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     slots: bytes  # int32 [items]
     starts: bytes  # int32 [items]
     counts: bytes  # int32 [items]
-    samples: bytes  # int32 [items], 1 where the item's last row is sampled
+    samples: bytes  # int32 [items]: how many of the item's last rows are sampled: 0, 1, or where it has drafts all of them
     tokens: bytes  # int32 [sum of counts]; FED only where counts is 1
     opens: list[Open] = []
     page_writes: bytes = b""  # int32 [writes, 3]: slot, index in its page table, page
@@ -77,6 +87,12 @@ class Step(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     returns: bool = False  # whether the last stage sends sampled tokens back to stage 0 (they will be FED)
     sp: bool = False
     cp: bool = False
+    replays: bytes = b""  # int32 [items]: how many of the rows that the slot holds were accepted; its states take them first
+    holds: bytes = b""  # int32 [items]: 1 where rows are a token and drafts, which states take only when they are replayed
+    restores: bytes = b""  # int32 [n, 2]: (snapshot, slot): the slot's states begin as the snapshot, before this step's rows
+    saves: bytes = b""  # int32 [n, 2]: (slot, snapshot): the slot's states are kept there, after this step's rows
+    nexts: bytes = b""  # int32 [items]: the token after an item's last row, -1 where that row is sampled
+    drafts: int = 0  # tokens that the last stage drafts for each item that samples
 
     @property
     def regime(self) -> Regime:
@@ -113,15 +129,17 @@ class Clock(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Outcome(msgspec.Struct, frozen=True, array_like=True, tag="outcome"):
-    """A stage's answer to one Step. Only the last stage fills tokens: one for each sampling item, in item order."""
+    """A stage's answer to one Step. Only the last stage fills tokens: one for each sampled row, in row order. After a token that
+    differs from the draft in the next row nothing counts: see `accepted`."""
 
     epoch: int
     number: int
     stage: int
-    tokens: bytes = b""  # int32 [num_samples]
+    tokens: bytes = b""  # int32 [num_samples], one for each sampled row
     logprobs: list[Logprobs | None] = []  # [num_samples] where any item asked, else empty
     prompt_logprobs: list[PromptLogprobs] = []
     clock: Clock = Clock()
+    drafts: bytes = b""  # int32 [items that sample, Step.drafts]
 
 
 _encoder = msgspec.msgpack.Encoder()

@@ -83,13 +83,46 @@ class PerToken:
         return keys, values
 
 
+@dataclass(frozen=True)
+class PerRequest:
+    """A block keeps states of each request: the last inputs of a causal convolution, a matrix for each head of a recurrence, and
+    the inputs of rows that may not stand (see core.batch.Items). Rows of the first two are slots, then snapshots."""
+
+    window: int  # rows of the convolution's inputs
+    channels: int  # of the convolution, this rank's
+    num_heads: int  # of the recurrence, this rank's
+    key_dim: int
+    value_dim: int
+    held: int  # numbers of a row that may be replayed
+    dtype: torch.dtype  # of inputs; the recurrence is float32
+
+    @property
+    def bytes_per_state(self) -> int:
+        """Of a slot or a snapshot, without what is held."""
+        return self.window * self.channels * self.dtype.itemsize + 4 * self.num_heads * self.key_dim * self.value_dim
+
+    def bytes_held(self, num_rows: int) -> int:
+        """Of a slot that may hold so many rows."""
+        return num_rows * self.held * self.dtype.itemsize
+
+    def allocate(self, num_slots: int, num_snapshots: int, num_rows: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+        """(inputs [S, window, channels], states float32 [S, num_heads, key_dim, value_dim], held [num_slots, num_rows, held]),
+        S = num_slots + num_snapshots."""
+        num_states = num_slots + num_snapshots
+        return (
+            torch.zeros(num_states, self.window, self.channels, dtype=self.dtype, device=device),
+            torch.zeros(num_states, self.num_heads, self.key_dim, self.value_dim, device=device),
+            torch.zeros(num_slots, num_rows, self.held, dtype=self.dtype, device=device),
+        )
+
+
 class Block(nn.Module):
     """Takes normed rows [N, H] laid out as `takes`, gives rows [N, H] laid out as `gives`; `norm` is the seam's before it."""
 
     takes: Layout = lay()
     gives: Layout = lay()
     norm: Param  # [H]
-    keeps: PerToken | None = None
+    keeps: PerToken | PerRequest | None = None
     cache: int = -1  # its number among the stage's blocks that keep something: its place in Batch.caches
 
     def __init__(self, name: str):

@@ -63,6 +63,22 @@ class Rope:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Delta:
+    """Sizes of the gated delta layers. Each value head has a state; neighbouring ones share a key head."""
+
+    num_key_heads: int
+    num_value_heads: int
+    key_dim: int
+    value_dim: int
+    kernel: int  # rows that the causal convolution sees, its own included
+
+    @property
+    def channels(self) -> int:
+        """Of the convolution: queries, keys and values."""
+        return 2 * self.num_key_heads * self.key_dim + self.num_value_heads * self.value_dim
+
+
+@dataclass(frozen=True, kw_only=True)
 class Spec:
     """One checkpoint. Sizes are whole: no rank's share."""
 
@@ -91,6 +107,12 @@ class Spec:
     shared_intermediate: int = 0  # of the expert that every token passes; 0: there is none
     norm_topk_prob: bool = False  # whether the weights of a token's experts are made to sum to one
     eos_token_ids: tuple[int, ...] = ()
+    delta: Delta | None = None  # of the layers that are `linear`
+    linear: tuple[bool, ...] = ()  # [num_layers] where there is any: whether a layer has a gated delta rule in place of attention
+    rotary_dim: int = 0  # the first so many numbers of a head turn; 0: all
+    gated_attention: bool = False  # whether a head's result is weighed by the sigmoid of a gate of its own
+    zero_centred: bool = False  # whether norms multiply by 1 + weight
+    num_mtp_layers: int = 0  # of the head that drafts (mtp.*)
 
     @property
     def item_bytes(self) -> int:
