@@ -20,6 +20,11 @@ class Mtp(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_
     adaptive: bool = True  # fewer drafts where few are accepted
     max_batch_size: int = 32  # running sequences above which none are drafted, since they cost more than they bring
 
+    def num_drafts(self, num_layers: int) -> int:
+        """Drafts of a sequence at the most, by a head of so many layers: 0 where the checkpoint has none."""
+        most = 3 if self.num_tokens is None else self.num_tokens
+        return most if num_layers else 0
+
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """vLLM's spelling where the meaning is the same. Paths are absolute once read by `read_settings`."""
