@@ -42,6 +42,7 @@ def _rows(x, residual, weight, normed, total, x_stride, residual_stride, hidden,
     rounded = (left + right).to(kind)
     tl.store(total + row * hidden + column, rounded, mask=inside)
     value = rounded.to(tl.float32)
-    unscaled = (value * tl.rsqrt(tl.sum(value * value, axis=0) / hidden + eps)).to(kind).to(tl.float32)
+    unscaled = value * tl.rsqrt(tl.sum(value * value, axis=0) / hidden + eps)
+    unscaled = unscaled.to(weight.dtype.element_ty).to(tl.float32)
     scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(normed + row * hidden + column, (unscaled * scale).to(kind), mask=inside)

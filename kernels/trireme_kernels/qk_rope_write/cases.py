@@ -16,10 +16,13 @@ CASES = (
     Case("cpu", torch.float32, {**_DEMO, "rows": 5, "norm": 0}),
     Case("cpu", torch.bfloat16, {**_DEMO, "rows": 5, "norm": 1}),
     Case("cpu", torch.float32, {"num_heads": 4, "num_kv_heads": 4, "head_dim": 80, "rows": 1, "norm": 1}),
+    Case("cpu", torch.bfloat16, {"num_heads": 4, "num_kv_heads": 2, "head_dim": 96, "rows": 5, "norm": 1, "rotary": 24, "wide_norm": 1}),
+    Case("cpu", torch.float32, {**_DEMO, "rows": 3, "norm": 0, "rotary": 16}),
 )
-# Qwen3-8B
+# Qwen3-8B; Qwen3.5-35B-A3B, that turns a quarter of a head, with zero-centred norms
 _QWEN3 = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "norm": 1}
-BENCH = tuple(Case("cpu", torch.bfloat16, {**_QWEN3, "rows": rows}) for rows in (1, 32, 256, 8192))
+_QWEN35 = {"num_heads": 16, "num_kv_heads": 2, "head_dim": 256, "norm": 1, "rotary": 64, "wide_norm": 1}
+BENCH = tuple(Case("cpu", torch.bfloat16, {**heads, "rows": rows}) for heads in (_QWEN3, _QWEN35) for rows in (1, 32, 256, 8192))
 
 
 def inputs(case: Case, seed: int) -> tuple[Any, ...]:
@@ -28,10 +31,11 @@ def inputs(case: Case, seed: int) -> tuple[Any, ...]:
     rows, heads, kv_heads, dim = size["rows"], size["num_heads"], size["num_kv_heads"], size["head_dim"]
     qkv = torch.randn(rows, heads + 2 * kv_heads, dim, generator=draw, device=case.device).to(case.dtype)
     q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)
-    angles = torch.rand(256, dim // 2, generator=draw, device=case.device) * 6.3
+    angles = torch.rand(256, size.get("rotary", dim) // 2, generator=draw, device=case.device) * 6.3
     cos_sin = torch.cat((angles.cos(), angles.sin()), dim=-1)
     positions = torch.randint(0, 256, (rows,), generator=draw, device=case.device)
-    norms = [torch.randn(dim, generator=draw, device=case.device).to(case.dtype) if size["norm"] else None for _ in "qk"]
+    kind = torch.float32 if size.get("wide_norm") else case.dtype
+    norms = [torch.randn(dim, generator=draw, device=case.device).to(kind) if size["norm"] else None for _ in "qk"]
     num_pages = rows // 16 + 2
     pools = [torch.zeros(kv_heads, num_pages, 16, dim, dtype=case.dtype, device=case.device).transpose(0, 1) for _ in "kv"]
     pages = torch.randperm(num_pages * 16, generator=draw, device=case.device)[:rows]

@@ -26,11 +26,12 @@ class QkRopeWrite(Protocol):
         v_pool: Tensor,
         pages: Tensor,
     ) -> Tensor:
-        """q [T, Hq, D], k and v [T, Hk, D], cos_sin float32 [L, D] (cosines of the D/2 frequencies, then sines),
-        positions int64 [T], q_norm and k_norm [D] or None, pools [pages, Hk, PAGE, D] of any strides,
+        """q [T, Hq, D], k and v [T, Hk, D], cos_sin float32 [L, R] (cosines of the R/2 frequencies, then sines),
+        R <= D, positions int64 [T], q_norm and k_norm [D] (of q's dtype or float32) or None, pools [pages, Hk, PAGE, D] of any strides,
         pages int64 [T] (page * PAGE + offset, no two alike) -> q [T, Hq, D].
 
-        Norms each head of q and k where a weight is given (as rms_norm), then turns pairs (i, i + D/2) by the row's
-        angles (the neox form) in float32, and writes k and v into the pools. q, k and v may be views of one qkv tensor.
+        Norms each head of q and k where a weight is given (as rms_norm), then turns pairs (i, i + R/2) of its first R
+        numbers by the row's angles (the neox form) in float32, and writes k and v into the pools. q, k and v may be views
+        of one qkv tensor.
         """
         ...

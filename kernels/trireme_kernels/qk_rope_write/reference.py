@@ -22,7 +22,7 @@ def qk_rope_write(
     q: Tensor,  # [T, Hq, D]
     k: Tensor,  # [T, Hk, D]
     v: Tensor,  # [T, Hk, D]
-    cos_sin: Tensor,  # [L, D]
+    cos_sin: Tensor,  # [L, R]
     positions: Tensor,  # [T]
     q_norm: Tensor | None,  # [D]
     k_norm: Tensor | None,  # [D]
@@ -45,7 +45,9 @@ def qk_rope_write(
     return _turn(q, cos, sin)
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # [T, H, D], [T, 1, D] twice -> [T, H, D]
-    """Rotation of pairs (i, i + D/2); a roll by D/2 pairs every element with its partner (`sin` carries the sign)."""
-    wide = x.float()
-    return (wide * cos).addcmul_(wide.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # [T, H, D], [T, 1, R] twice -> [T, H, D]
+    """Rotation of pairs (i, i + R/2); a roll by R/2 pairs every element with its partner (`sin` carries the sign)."""
+    rotary_dim = cos.shape[-1]
+    wide = x[..., :rotary_dim].float()
+    turned = (wide * cos).addcmul_(wide.roll(rotary_dim // 2, dims=-1), sin).to(x.dtype)
+    return turned if rotary_dim == x.shape[-1] else torch.cat((turned, x[..., rotary_dim:]), dim=-1)

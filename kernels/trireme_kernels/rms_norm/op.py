@@ -13,5 +13,6 @@ class RmsNorm(Protocol):
     """Sizes a case may name: hidden."""
 
     def __call__(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """x [T, H], weight [H] -> [T, H] of x's dtype: x / sqrt(mean(x^2) + eps) in float32, rounded, times weight."""
+        """x [T, H], weight [H], of x's dtype or float32 -> [T, H] of x's dtype: x / sqrt(mean(x^2) + eps) in float32, rounded to
+        the weight's dtype, times weight, rounded to x's. (Llama multiplies what is rounded; zero-centred norms round once.)"""
         ...

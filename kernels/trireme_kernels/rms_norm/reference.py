@@ -18,4 +18,4 @@ def build(case: Case) -> RmsNorm:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # [T, H], [H] -> [T, H]
-    return F.rms_norm(x.float(), weight.shape, eps=eps).to(x.dtype) * weight
+    return (F.rms_norm(x.float(), weight.shape, eps=eps).to(weight.dtype) * weight).to(x.dtype)

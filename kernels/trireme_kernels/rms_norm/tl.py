@@ -35,7 +35,7 @@ def _rows(x, weight, out, row_stride, hidden, eps, BLOCK: tl.constexpr):
     column = tl.arange(0, BLOCK)
     inside = column < hidden
     value = tl.load(x + row * row_stride + column, mask=inside, other=0.0).to(tl.float32)
-    kind = out.dtype.element_ty
-    normed = (value * tl.rsqrt(tl.sum(value * value, axis=0) / hidden + eps)).to(kind).to(tl.float32)
+    normed = value * tl.rsqrt(tl.sum(value * value, axis=0) / hidden + eps)
+    normed = normed.to(weight.dtype.element_ty).to(tl.float32)
     scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * hidden + column, (normed * scale).to(kind), mask=inside)
+    tl.store(out + row * hidden + column, (normed * scale).to(out.dtype.element_ty), mask=inside)

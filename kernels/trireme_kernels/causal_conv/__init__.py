@@ -1,0 +1,1 @@
+"""causal_conv: SiLU of a depthwise causal convolution, over rows of several items."""

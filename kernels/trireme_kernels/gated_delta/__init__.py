@@ -1,0 +1,1 @@
+"""gated_delta: the gated delta rule over rows of several items, from states to states."""
