@@ -5,13 +5,39 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from trireme.core.refusal import Refusal
 
-Family = Literal["llama", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe"]
+Family = Literal["llama", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "qwen3_5", "qwen3_5_moe", "qwen3_next"]
+HYBRID: tuple[Family, ...] = ("qwen3_5", "qwen3_5_moe", "qwen3_next")  # with gated delta layers
+_MIXTURES: tuple[Family, ...] = ("qwen2_moe", "qwen3_moe", "qwen3_5_moe", "qwen3_next")
+
+_HYBRID_DEFAULTS: Mapping[str, Any] = {
+    "max_position_embeddings": 32768,
+    "head_dim": 256,
+    "partial_rotary_factor": 0.25,
+    "full_attention_interval": 4,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+}
+_HYBRID_MIXTURE_DEFAULTS: Mapping[str, Any] = {
+    **_HYBRID_DEFAULTS,
+    "num_key_value_heads": 2,
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
+    "norm_topk_prob": True,
+}
+_QWEN3_5: tuple[Family, Mapping[str, Any]] = ("qwen3_5", {**_HYBRID_DEFAULTS, "num_key_value_heads": 4})
+_QWEN3_5_MOE: tuple[Family, Mapping[str, Any]] = (
+    "qwen3_5_moe",
+    {**_HYBRID_MIXTURE_DEFAULTS, "num_experts": 256, "num_experts_per_tok": 8},
+)
 
 # What transformers assumes where a config is silent, and what a family fixes in code.
 _FAMILIES: Mapping[str, tuple[Family, Mapping[str, Any]]] = {
@@ -39,6 +65,15 @@ _FAMILIES: Mapping[str, tuple[Family, Mapping[str, Any]]] = {
             "num_experts_per_tok": 8,
             "moe_intermediate_size": 768,
         },
+    ),
+    "Qwen3_5ForCausalLM": _QWEN3_5,
+    "Qwen3_5ForConditionalGeneration": _QWEN3_5,
+    "Qwen3_5MoeForCausalLM": _QWEN3_5_MOE,
+    "Qwen3_5MoeForConditionalGeneration": _QWEN3_5_MOE,
+    "Qwen3NextForCausalLM": (
+        "qwen3_next",
+        # published configs say nothing of the head that their weights have
+        {**_HYBRID_MIXTURE_DEFAULTS, "num_experts": 512, "num_experts_per_tok": 10, "mtp_num_hidden_layers": 1},
     ),
 }
 ARCHITECTURES = tuple(_FAMILIES)
@@ -129,7 +164,23 @@ def read_spec(model: str | Path) -> Spec:
         raise Refusal(f"no checkpoint at {model}", why="it has no config.json", fix="set model to a checkpoint directory") from None
     except json.JSONDecodeError as error:
         raise Refusal(f"{path} is not JSON", why=str(error), fix="fetch the checkpoint again") from None
-    return make_spec(values, source=str(path))
+    spec = make_spec(values, source=str(path))
+    return replace(spec, num_mtp_layers=0) if spec.num_mtp_layers and _lacks(path.parent, "mtp.") else spec
+
+
+def _lacks(model_dir: Path, prefix: str) -> bool:
+    """Whether there are weights, but none of such a name: what transformers saves keeps the config's word for the head that
+    drafts, but not the head. Broken files are the loader's to refuse."""
+    index, single = model_dir / "model.safetensors.index.json", model_dir / "model.safetensors"
+    try:
+        if index.is_file():
+            names = json.loads(index.read_text())["weight_map"]
+        else:
+            with single.open("rb") as file:
+                names = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    except (OSError, ValueError, KeyError):
+        return False
+    return not any(name.startswith(prefix) for name in names)
 
 
 def make_spec(values: Mapping[str, Any], *, source: str = "config.json") -> Spec:
@@ -142,10 +193,12 @@ def make_spec(values: Mapping[str, Any], *, source: str = "config.json") -> Spec
             fix="serve one of them, or add a family (README, recipes)",
         )
     family, defaults = _FAMILIES[architecture]
-    config = _Config({**defaults, **{key: value for key, value in values.items() if value is not None}}, source)
+    text = values.get("text_config") or {}  # of a model that also sees; what stands beside it is of the whole model
+    config = _Config({**defaults, **_given(text), **{key: value for key, value in _given(values).items() if key != "text_config"}}, source)
 
     config.must_be("hidden_act", "silu", "MLPs here are gated by silu")
-    config.must_be("partial_rotary_factor", 1.0, "rotary positions here turn whole heads")
+    config.must_be("attn_output_gate", True, "attention in Qwen3.5 and Qwen3-Next has a gate", only=family in HYBRID)
+    config.must_be("norm_topk_prob", True, "Qwen3.5 makes the weights of a token's experts sum to one", only=family == "qwen3_5_moe")
     config.must_be("quantization_config", None, "weights here are float32, bfloat16 or float16")
     config.must_be("attention_bias", True, "Qwen2 checkpoints have query, key and value biases", only=family == "qwen2")
     dtype = config.get("dtype", config.get("torch_dtype", "float32"))
@@ -159,6 +212,7 @@ def make_spec(values: Mapping[str, Any], *, source: str = "config.json") -> Spec
     head_dim = config.size("head_dim", hidden // num_heads)
     if head_dim % 2:
         raise config.refusal(f"head_dim {head_dim} is odd", "rotary positions turn pairs")
+    experts = _read_experts(config, family, num_layers)
 
     biased = bool(config.get("qkv_bias" if family == "qwen2_moe" else "attention_bias", False))
     max_position = config.size("max_position_embeddings")
@@ -170,7 +224,7 @@ def make_spec(values: Mapping[str, Any], *, source: str = "config.json") -> Spec
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        intermediate=config.size("intermediate_size"),
+        intermediate=config.size("intermediate_size") if not all(experts["sparse"]) else config.get("intermediate_size", 0),
         vocab_size=config.size("vocab_size"),
         eps=float(config.get("rms_norm_eps", 1e-6)),
         rope=_read_rope(config, max_position),
@@ -178,13 +232,19 @@ def make_spec(values: Mapping[str, Any], *, source: str = "config.json") -> Spec
         qkv_bias=biased,
         o_bias=biased and family not in ("qwen2", "qwen2_moe"),
         mlp_bias=family == "llama" and bool(config.get("mlp_bias", False)),
-        qk_norm=family in ("qwen3", "qwen3_moe"),
+        qk_norm=family in ("qwen3", "qwen3_moe", *HYBRID),
         tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
         max_position_embeddings=max_position,
         dtype=dtype,
-        **_read_experts(config, family, num_layers),
+        **experts,
         eos_token_ids=tuple(eos) if isinstance(eos, list) else (eos,),
+        rotary_dim=_read_rotary_dim(config, head_dim, family),
+        **(_read_hybrid(config, num_layers) if family in HYBRID else {}),
     )
+
+
+def _given(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
 
 
 class _Config:
@@ -215,7 +275,7 @@ def _read_windows(config: _Config, family: Family, num_layers: int) -> tuple[int
     """Where no layer_types says it, each family has its own rule of which layers slide."""
     window = config.get("sliding_window", 4096) if config.get("use_sliding_window", False) else 0
     first = config.get("max_window_layers", 28)
-    if family == "llama":
+    if family == "llama" or family in HYBRID:
         return (0,) * num_layers
     if family == "qwen3_moe":
         return (window,) * num_layers
@@ -230,7 +290,7 @@ def _read_windows(config: _Config, family: Family, num_layers: int) -> tuple[int
 
 def _read_experts(config: _Config, family: Family, num_layers: int) -> dict[str, Any]:
     """The Spec's fields of a mixture of experts."""
-    if family not in ("qwen2_moe", "qwen3_moe"):
+    if family not in _MIXTURES:
         return {"sparse": (False,) * num_layers}
     num_experts = config.size("num_experts" if config.get("num_experts", None) is not None else "num_local_experts")
     num_experts_per_tok = config.size("num_experts_per_tok")
@@ -249,14 +309,54 @@ def _read_experts(config: _Config, family: Family, num_layers: int) -> dict[str,
     }
 
 
+def _read_hybrid(config: _Config, num_layers: int) -> dict[str, Any]:
+    """The Spec's fields of a model whose layers are gated delta rules, and now and then attention."""
+    interval = config.size("full_attention_interval")
+    plain = ["full_attention" if (layer + 1) % interval == 0 else "linear_attention" for layer in range(num_layers)]
+    kinds = config.get("layer_types", plain)
+    if len(kinds) != num_layers or not set(kinds) <= {"linear_attention", "full_attention"}:
+        raise config.refusal(f"layer_types {kinds!r}", f"it names full_attention or linear_attention for each of {num_layers} layers")
+    delta = Delta(
+        num_key_heads=config.size("linear_num_key_heads"),
+        num_value_heads=config.size("linear_num_value_heads"),
+        key_dim=config.size("linear_key_head_dim"),
+        value_dim=config.size("linear_value_head_dim"),
+        kernel=config.size("linear_conv_kernel_dim"),
+    )
+    if delta.num_value_heads % delta.num_key_heads:
+        raise config.refusal(
+            f"{delta.num_key_heads} key heads do not divide {delta.num_value_heads} value heads", "each serves equally many value heads"
+        )
+    if delta.kernel < 2:
+        raise config.refusal("linear_conv_kernel_dim is 1", "a convolution here sees rows before its own")
+    drafts = config.get("mtp_num_hidden_layers", 0) if not config.get("mtp_use_dedicated_embeddings", False) else 0
+    return {
+        "delta": delta,
+        "linear": tuple(kind == "linear_attention" for kind in kinds),
+        "gated_attention": True,
+        "zero_centred": True,
+        "num_mtp_layers": drafts,
+    }
+
+
+def _read_rotary_dim(config: _Config, head_dim: int, family: Family) -> int:
+    """How many numbers of a head turn; 0 where all do."""
+    given = config.get("rope_scaling", None) or config.get("rope_parameters", None) or {}
+    factor = given.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    if factor != 1.0 and family not in HYBRID:
+        raise config.refusal("partial_rotary_factor is set", "rotary positions in this family turn whole heads")
+    rotary_dim = int(head_dim * factor)
+    if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
+        raise config.refusal(f"partial_rotary_factor {factor} turns {rotary_dim} of {head_dim} numbers", "rotary positions turn pairs")
+    return rotary_dim if rotary_dim < head_dim else 0
+
+
 def _read_rope(config: _Config, max_position: int) -> Rope:
     """Version 5 has `rope_parameters` with the base inside; version 4 `rope_scaling` with `rope_theta` beside it."""
     given = config.get("rope_scaling", None) or config.get("rope_parameters", None) or {}
     values = {key: value for key, value in given.items() if value is not None}
     theta = float(values.get("rope_theta", config.get("rope_theta", 10_000.0)))
     kind = values.get("rope_type", values.get("type", "default"))
-    if values.get("partial_rotary_factor", 1.0) != 1.0:
-        raise config.refusal("partial_rotary_factor is set", "rotary positions here turn whole heads")
     if kind in ("default", "dynamic"):  # dynamic only departs from default beyond max_position_embeddings, which no sequence passes here
         return Rope(theta=theta)
     original = config.get("original_max_position_embeddings", values.get("original_max_position_embeddings", max_position))
