@@ -22,14 +22,16 @@ def zigzag(counts: np.ndarray, num_ranks: int, rank: int) -> Chunks:
         8 rows, 2 ranks    rank 0: 0 1 . . . . 6 7
                            rank 1: . . 2 3 4 5 . .
     """
-    counts = counts.astype(np.int64)
-    parts = np.array([rank, 2 * num_ranks - 1 - rank])
-    begins = counts[:, None] * parts // (2 * num_ranks)
-    ends = counts[:, None] * (parts + 1) // (2 * num_ranks)
+    edges, parts = bounds(counts, num_ranks), np.array([rank, 2 * num_ranks - 1 - rank])
+    begins, ends = edges[:, parts].ravel(), edges[:, parts + 1].ravel()
     items = np.repeat(np.arange(len(counts)), 2)
-    begins, ends = begins.ravel(), ends.ravel()
     real = ends > begins
     return Chunks(items[real], begins[real], (ends - begins)[real])
+
+
+def bounds(counts: np.ndarray, num_ranks: int) -> np.ndarray:
+    """Where the 2 n parts of each item begin, and its end: int64 [I, 2 n + 1], counted from its first row."""
+    return counts.astype(np.int64)[:, None] * np.arange(2 * num_ranks + 1) // (2 * num_ranks)
 
 
 def whole(counts: np.ndarray) -> Chunks:
