@@ -120,5 +120,17 @@ def test_stop_ends_open_calls(server, stages):
     answers = post(stages, 0, timeout_s=60)
     stages.stop()
     assert isinstance(answers.get(timeout=5), ConnectionError)
-    stages._watcher = threading.Thread(target=lambda: None)  # the fixture stops once more
-    stages._watcher.start()
+
+
+def test_after_a_stop_nothing_is_called(server, stages):
+    """The server has taken its threads away by then, and a call that none of them takes crashes it."""
+    stages.stop()
+    server.hung["stage_0"] = threading.Event()  # a call would wait
+    assert isinstance(post(stages, 0).get(timeout=5), ConnectionError)
+    stages.heal(0, RuntimeError("Request for unknown model: 'stage_0' is not found"))
+    assert not server.loaded
+
+
+def test_a_stop_before_the_start():
+    """A model may be unloaded before its first call."""
+    BlsStages(1, Server().call, None, num_threads=1, thread_pool=32).stop()

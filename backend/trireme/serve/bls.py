@@ -80,10 +80,12 @@ class BlsStages:
         self._watcher.start()
 
     def stop(self) -> None:
-        """Open calls end with an error; threads that can end do."""
-        self._stop.set()
-        self._watcher.join()
-        self._give_up(self._take_open(lambda call: True), lambda call: ConnectionError("the front is stopping"))
+        """Open calls end with an error, as later ones do at once; threads that can end do."""
+        with self._lock:
+            self._stop.set()
+        if self._watcher.is_alive():
+            self._watcher.join()
+        self._give_up(self._take_open(lambda call: True), lambda call: _stopping())
         for _ in range(self._num_threads):
             self._queue.put(None)
 
@@ -92,8 +94,12 @@ class BlsStages:
         now = time.monotonic()
         call = _Call(stage, parcel, done, now, now + timeout_s)
         with self._lock:
-            self._open.add(call)
-        self._queue.put(call)
+            stopping = self._stop.is_set()
+            if not stopping:
+                self._open.add(call)
+                self._queue.put(call)
+        if stopping:
+            call.settle(_stopping())
 
     def heal(self, stage: int, error: Exception) -> None:
         """Load a stage again that is not loaded; one that is only slow is left alone, and a dead one is found here first."""
@@ -103,7 +109,7 @@ class BlsStages:
     def _bring_back(self, stage: int, error: Exception, asked: float) -> None:
         """Unless it was loaded since `asked`, when the call with this error began."""
         with self._lock:
-            if stage in self._healing or asked < self._loaded_at.get(stage, 0.0):
+            if self._stop.is_set() or stage in self._healing or asked < self._loaded_at.get(stage, 0.0):
                 return
             self._healing.add(stage)
         self._give_up(self._take_open(lambda call: call.stage == stage), lambda call: error)
@@ -174,3 +180,7 @@ class BlsStages:
                     self.num_abandoned += 1
                 if not self._stop.is_set():
                     self._add_thread()
+
+
+def _stopping() -> ConnectionError:
+    return ConnectionError("the front is stopping")

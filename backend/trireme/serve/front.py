@@ -100,18 +100,18 @@ class Front:
             thread.start()
 
     def finalize(self) -> None:
-        """Requests still under way end with an error; every thread of ours that can end does."""
+        """Every thread of ours that can end does. The server has waited for requests and ended this model's thread pool before it
+        calls: a BLS call or an answer that goes there now is never carried out, and crashes the server when it is freed (24.10,
+        python_be.cc, ~ModelInstanceState). So calls stop first of all, and nothing is answered."""
+        self._stages.stop()
         self._stop.set()
         self._starter.join()
         self._canceller.join()
         if self._reporter:
             self._reporter.stop()
         self._engine.stop()
-        self._stages.stop()
         self._ready.put(None)
         self._answerer.join()
-        for stream in list(self._streams.values()):
-            self._close(stream, Refusal("the server is stopping", kind="unavailable"))
 
     def _start(self) -> None:
         """The first BLS call comes well after `initialize`: one before the server has made this model's thread pool crashes the
