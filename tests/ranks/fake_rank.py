@@ -7,7 +7,7 @@ import time
 
 from trireme.core.control import Fault, Found, Founded, Join, Joined, Parcel, open_message, pack_answer
 from trireme.core.step import Outcome, array, peek_step
-from trireme.ranks.channel import BREAK, RankChannel
+from trireme.ranks.channel import BREAK, Beat, RankChannel
 from trireme.ranks.launch import Brief
 from trireme.ranks.worker import Heart, main
 
@@ -18,10 +18,10 @@ def serve(brief: Brief, channel: RankChannel, heart: Heart) -> None:
     if brief.settings.model == "crash":
         sys.exit(7)
     if brief.settings.model == "refuse":
-        heart.tell("failed", "weights of layer 3 are missing")
+        heart.tell(Beat("failed", "weights of layer 3 are missing"))
         while True:
             channel.receive()
-    heart.tell("ready", num_pages=11)
+    heart.tell(Beat("ready", num_pages=11 + brief.rank, num_snapshots=None if brief.stage else 7 - brief.rank))
     broken = 0
     while True:
         ticket, parcel = channel.receive()

@@ -48,6 +48,12 @@ def test_steps_are_answered_by_number_whatever_their_arrival(lead):
     assert front.ask(Status()).reordered > 0
 
 
+@pytest.mark.parametrize(("stage", "num_snapshots"), [(0, 6), (1, None)])
+def test_a_stage_holds_as_much_as_its_fullest_rank(lead, stage, num_snapshots):
+    state = lead(stage=stage, pipeline_parallel_size=2, tensor_parallel_size=2).await_state("ready")
+    assert (state.num_pages, state.num_snapshots) == (11, num_snapshots)
+
+
 def test_deviations_are_faults_by_name_and_end_the_epoch(lead):
     front = lead(pipeline_parallel_size=2, step_timeout_s=0.5)
     front.await_state("ready")

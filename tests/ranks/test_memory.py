@@ -1,12 +1,13 @@
-"""Sizes that are captured, and a clear word where memory holds no page."""
+"""Sizes that are captured, what memory is dealt out to, and a clear word where it holds no page."""
 
 import pytest
 import torch
 
 from trireme.core.refusal import Refusal
 from trireme.core.settings import make_settings
+from trireme.layers.block import PerRequest, PerToken
 from trireme.ranks.graphs import buckets
-from trireme.ranks.memory import Room, find_room, num_pages
+from trireme.ranks.memory import Room, Sizes, find_room, num_pages, num_snapshots
 
 
 @pytest.mark.parametrize(
@@ -16,14 +17,60 @@ def test_buckets_end_at_the_most_sequences(most: int, sizes: list[int]):
     assert buckets(most) == sizes
 
 
-def test_a_cpu_measures_nothing():
-    def never() -> None:
-        raise AssertionError
+TOKENS = PerToken(2, 10, torch.float16)
+STATES = PerRequest(window=3, channels=20, num_heads=2, key_dim=4, value_dim=5, held=24, dtype=torch.float16)
+CPU = torch.device("cpu")
 
-    cpu = torch.device("cpu")
-    room = find_room(make_settings({"model": "m", "kv_cache_memory_bytes": 100}), cpu, largest=never, decode=never, num_graphs=0)
+
+def never() -> None:
+    raise AssertionError
+
+
+def room_of(sizes: Sizes, **values) -> Room:
+    return find_room(make_settings({"model": "m", **values}), CPU, sizes, largest=never, decode=never, num_graphs=0)
+
+
+def test_sizes_are_those_of_what_is_allocated():
+    num_slots, num_snapshots, num_held = 5, 3, 4
+    sizes = Sizes.of([TOKENS, STATES, STATES], num_held)
+    assert sizes.page == sum(pool.nbytes for pool in TOKENS.allocate(1, CPU))
+    pools = STATES.allocate(num_slots, num_snapshots, num_held, CPU)
+    assert num_slots * sizes.slot + num_snapshots * sizes.snapshot == 2 * sum(pool.nbytes for pool in pools)
+    assert pools[1].dtype == torch.float32  # whatever the model's
+
+
+def test_a_cpu_measures_nothing():
+    room = room_of(Sizes(30, 0, 0), kv_cache_memory_bytes=100)
     assert room == Room(100)
-    assert num_pages(room, 30, make_settings({"model": "m"}), 0) == 3
+    assert num_pages(room, Sizes(30, 0, 0), make_settings({"model": "m"}), 0) == 3
+    assert num_snapshots(room, Sizes(30, 0, 0)) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({}, 6),
+        ({"state_cache_memory_bytes": 3005}, 3),
+        ({"state_cache_memory_bytes": 0}, 0),
+        ({"state_cache_memory_bytes": 50_000}, 50),
+        ({"enable_prefix_caching": False}, 0),
+    ],
+)
+def test_snapshots_are_as_many_as_slots_or_as_said(values, expected: int):
+    sizes = Sizes(page=30, slot=1200, snapshot=1000)
+    room = room_of(sizes, max_num_seqs=6, **values)
+    assert (room.states, num_snapshots(room, sizes)) == (7200, expected)
+
+
+def test_snapshots_are_fewer_than_slots_where_memory_is_short():
+    sizes = Sizes(page=30, slot=1 << 28, snapshot=1 << 28)
+    assert num_snapshots(room_of(sizes, max_num_seqs=64), sizes) == 4
+
+
+def test_a_stage_that_keeps_no_pages_is_never_the_one_with_the_fewest():
+    sizes = Sizes(page=0, slot=1200, snapshot=1000)
+    assert num_pages(room_of(sizes), sizes, make_settings({"model": "m"}), 0) >= 1 << 24
+    assert num_pages(room_of(sizes), sizes, make_settings({"model": "m", "num_pages": 9}), 0) == 9
 
 
 def test_no_room_says_what_took_it():
@@ -31,4 +78,4 @@ def test_no_room_says_what_took_it():
     with pytest.raises(
         Refusal, match=r"stage_1 has no room for keys and values: of 1.00 GiB: weights 0.50 GiB.*raise gpu_memory_utilization"
     ):
-        num_pages(room, 30, make_settings({"model": "m"}), 1)
+        num_pages(room, Sizes(30, 0, 0), make_settings({"model": "m"}), 1)

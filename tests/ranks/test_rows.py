@@ -11,7 +11,8 @@ from trireme.ranks.rows import lay_out
 @st.composite
 def items(draw):
     slots = draw(st.lists(st.integers(0, 7), min_size=1, max_size=8, unique=True))
-    return [(slot, draw(st.integers(0, 60)), draw(st.integers(1, 40)), draw(st.booleans())) for slot in slots]
+    counts = [draw(st.integers(1, 40)) for _ in slots]
+    return [(slot, draw(st.integers(0, 60)), count, draw(st.integers(0, count))) for slot, count in zip(slots, counts, strict=True)]
 
 
 @given(items())
@@ -21,15 +22,16 @@ def test_rows_by_hand(items):
     tokens = np.arange(sum(counts))
     rows = lay_out(Step(0, 0, ints(slots), ints(starts), ints(counts), ints(samples), ints(tokens)), page_table)
 
-    positions, pages, sampled_rows = [], [], []
-    for slot, start, count, sample in items:
+    positions, pages, sampled, feeds = [], [], [], []
+    for slot, start, count, num_samples in items:
         for position in range(start, start + count):
             positions.append(position)
             pages.append(page_table[slot, position // PAGE] * PAGE + position % PAGE)
-        if sample:
-            sampled_rows.append(len(positions) - 1)
+        sampled += range(len(positions) - num_samples, len(positions))
+        feeds += [num_samples == 1] * num_samples
     assert rows.tokens.tolist() == tokens.tolist()
     assert rows.positions.tolist() == positions
     assert rows.pages.tolist() == pages
-    assert rows.sampled_rows.tolist() == sampled_rows
+    assert rows.sampled.tolist() == sampled
+    assert rows.feeds.tolist() == feeds
     assert rows.ends.tolist() == [start + count for start, count in zip(starts, counts, strict=True)]

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from cut_logits import on_cut, uncut
 from trireme.core.request import Sampling
-from trireme.core.step import Open, ints
+from trireme.core.step import Open, Step, ints
 from trireme.parallel.vocabulary import CutLogits
 from trireme.ranks.logprobs import Described, Prompts
-from trireme.ranks.rows import Rows
+from trireme.ranks.rows import lay_out
 from trireme.ranks.sampler import Sampler
 from trireme_kernels.choose import Choices
 
@@ -126,9 +126,8 @@ def test_prompt_rows_are_all_but_the_last_of_the_prompt():
     prompts.open(opened(5))
 
     def stretch(slot: int, start: int, count: int):
-        empty = np.zeros(0, np.int64)
-        slots, starts, counts = (np.array([1, value], np.int32) for value in (slot, start, count))
-        return prompts.stretches(Rows(slots, starts, counts, np.cumsum(counts) - counts, empty, empty, empty, empty, empty))
+        step = Step(0, 0, ints([1, slot]), ints([1, start]), ints([1, count]), ints([0, 0]), ints(np.zeros(1 + count)))
+        return prompts.stretches(lay_out(step, np.zeros((6, 1), np.int32)))
 
     (whole,) = stretch(4, 0, 7)  # prefilled again after preemption: outputs are in the log, and are not told
     assert (whole.start, whole.rows.tolist(), whole.tokens.tolist()) == (0, [1, 2, 3, 4], PROMPT[1:])

@@ -12,7 +12,7 @@ from torch import nn
 from trireme.core.batch import Attend, Batch
 from trireme.core.step import Regime
 from trireme.layers.attention import Attention
-from trireme.layers.block import Block, Build, PerToken
+from trireme.layers.block import Block, Build, PerRequest, PerToken
 from trireme.layers.embed import Embed, Head
 from trireme.layers.linear import Linear
 from trireme.layers.names import Names, table
@@ -71,7 +71,7 @@ class Decoder(nn.Module):
 
         self._walks = {regime: _Walk(build, regime, self.embed, blocks) for regime in plan.regimes}
 
-        self.keeps: list[PerToken] = []  # in the order of Batch.caches
+        self.keeps: list[PerToken | PerRequest] = []  # in the order of Batch.caches
         for block in blocks:
             if block.keeps is not None:
                 block.cache = len(self.keeps)

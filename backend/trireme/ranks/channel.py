@@ -35,6 +35,7 @@ class Beat(msgspec.Struct, frozen=True):
     state: str
     detail: str = ""
     num_pages: int = 0
+    num_snapshots: int | None = None  # see StageState
 
 
 class Order(NamedTuple):

@@ -27,7 +27,8 @@ class FedTokens:
     """
 
     def __init__(self, max_num_seqs: int, depth: int, device: torch.device):
-        self._last = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)  # graphs keep its address
+        self._nobody = max_num_seqs  # the table's last row takes tokens that are never FED
+        self._last = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=device)  # graphs keep its address
         self._depth = depth
         self.clear()
 
@@ -36,11 +37,12 @@ class FedTokens:
         self._owed_by = np.full(len(self._last), -1, dtype=np.int64)  # number of the step that brings a slot's last token
         self._owed: deque[_Owed] = deque()
 
-    def owe(self, number: int, slots: np.ndarray, tokens: ExpectedTokens) -> None:
-        """Step `number` will download the tokens of `slots` (int32 [num_samples])."""
-        [there] = upload([slots.astype(np.int64)], self._last.device)
+    def owe(self, number: int, slots: np.ndarray, feeds: np.ndarray, tokens: ExpectedTokens) -> None:
+        """Step `number` will bring the tokens of `slots` (int32 [num_samples]); `feeds` (bool [num_samples]): which may be FED. A
+        slot that has one such token has no other in a step."""
+        [there] = upload([np.where(feeds, slots, self._nobody).astype(np.int64)], self._last.device)
         self._owed.append(_Owed(number, there, tokens))
-        self._owed_by[slots] = number
+        self._owed_by[slots] = np.where(feeds, number, -1)
         if len(self._owed) > self._depth:
             self._collect()
 

@@ -136,6 +136,7 @@ class Leader:
             state = "healing"
         else:
             state = "starting" if "starting" in states else "loading"
+        snapshots = [rank.num_snapshots for rank in self._ranks if rank.num_snapshots is not None]
         behind = [f"{rank.name} {rank.state.detail or f'is {rank.state.state}'}" for rank in self._ranks if not rank.is_ready]
         return StageState(
             stage=self._stage,
@@ -143,6 +144,7 @@ class Leader:
             detail=self._ended or "; ".join(behind),
             epoch=self._order.epoch,
             num_pages=min(rank.num_pages for rank in self._ranks) if state == "ready" else 0,
+            num_snapshots=min(snapshots, default=None) if state == "ready" else None,
             ranks=ranks,
             reordered=self._order.reordered,
             restarts=restarts,

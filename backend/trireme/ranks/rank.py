@@ -25,6 +25,7 @@ class Rank:
     def __init__(self, settings: Settings, stage: int, rank: int, run_dir: Path, launcher: Launcher, log: logging.Logger):
         self.name = f"stage_{stage} rank {rank}"
         self.num_pages = 0
+        self.num_snapshots: int | None = None
         self.life = 0
         self.expected: set[int] = set()  # tickets of orders not answered yet
         self._settings, self._stage, self._rank, self._run_dir = settings, stage, rank, run_dir
@@ -78,7 +79,8 @@ class Rank:
         self._heard = now
         if beat.state != self._state:
             self._log.info("rank %d %s", self._rank, beat.detail or f"is {beat.state}")
-        self._state, self._detail, self.num_pages = beat.state, beat.detail, beat.num_pages
+        self._state, self._detail = beat.state, beat.detail
+        self.num_pages, self.num_snapshots = beat.num_pages, beat.num_snapshots
         if beat.state == "ready":
             self._attempts = 0
         elif beat.state == "failed":

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from trireme.core.batch import Batch
+from trireme.core.batch import Batch, Items
 from trireme.core.control import Answer
 from trireme.core.devices import place_ranks
 from trireme.core.log import logger
@@ -18,7 +18,7 @@ from trireme.core.refusal import Refusal
 from trireme.core.request import Logprobs, Sampling
 from trireme.core.settings import Settings
 from trireme.core.step import PAGE, Clock, Open, Outcome, Step, array, ints
-from trireme.layers.block import Build
+from trireme.layers.block import Build, PerToken
 from trireme.models.decoder import Decoder
 from trireme.models.registry import build_stage
 from trireme.models.spec import read_spec
@@ -31,10 +31,11 @@ from trireme.parallel.vocabulary import CutLogits
 from trireme.ranks.fed import FedTokens
 from trireme.ranks.graphs import Graphs, buckets, why_none
 from trireme.ranks.logprobs import Prompts, Stretch
-from trireme.ranks.memory import find_room, num_pages
+from trireme.ranks.memory import Sizes, check_states, find_room, num_pages, num_snapshots
 from trireme.ranks.rows import Rows, lay_out
-from trireme.ranks.sampler import Sampler
+from trireme.ranks.sampler import Sampled, Sampler
 from trireme.ranks.staging import download, upload
+from trireme.ranks.states import States
 from trireme.ranks.stopwatch import Stopwatch
 from trireme.weights.load import fill_dummy, load
 from trireme_kernels.choose import Choices
@@ -66,7 +67,8 @@ def load_runner(settings: Settings, stage: int, rank: int, progress: Callable[[s
         progress=progress,
     )
     log.info("loaded %s on %s; implementations:\n%s", manifest, device, choices.table())
-    log.info("memory %s; %d pages; graphs: %s", runner.room, runner.num_pages, runner.graphs)
+    kept = f"{runner.num_pages} pages" + ("" if runner.num_snapshots is None else f", {runner.num_snapshots} snapshots")
+    log.info("memory %s; %s; graphs: %s", runner.room, kept, runner.graphs)
     return runner
 
 
@@ -171,17 +173,21 @@ class Runner:
         with watch.receiving():
             received = self._receive(step, rows, deal, carried)
 
+        self._states.restore(step.restores)
         stretches = self._prompts.stretches(rows)
         if self._graphs and rows.only_decodes and not stretches:
             result = self._graphs.run(rows, self._table_of(rows.slots, rows.ends), received)
         else:
-            head_rows = np.concatenate([rows.sampled_rows, *(stretch.rows for stretch in stretches)])
+            head_rows = np.concatenate([rows.sampled, *(stretch.rows for stretch in stretches)])
             result = self._decoder.forward(self._batch(rows, deal, head_rows), deal, received)
         carries, read = None, Outcome
         if self._is_last:
-            read = self._sample(step, rows, stretches, result)
+            logits = CutLogits(result, self._vocab_size, self._along_vocabulary)
+            sampled = self._sample(step, rows, logits) if len(rows.sampled) else None
+            read = self._describe(sampled, stretches, logits)
         else:
             carries = self._joined.send(result)
+        self._states.save(step.saves)
         watch.stop()
 
         def finish() -> tuple[Answer, np.ndarray | None]:
@@ -205,7 +211,8 @@ class Runner:
         if self._is_first:
             self._fed.await_slots(rows.owners[rows.fed])
             if step.returns and len(rows.sampled):
-                self._fed.owe(step.number, rows.slots[rows.sampled], self._joined.expect_tokens(len(rows.sampled)))
+                tokens = self._joined.expect_tokens(len(rows.sampled))
+                self._fed.owe(step.number, rows.owners[rows.sampled], rows.feeds, tokens)
         return self._joined.receive(self._decoder.num_edge_rows(deal), carried)
 
     def _batch(self, rows: Rows, deal: Deal, head_rows: np.ndarray) -> Batch:
@@ -213,7 +220,7 @@ class Runner:
         mine, chunks = deal.own(), deal.chunks
         ends = (rows.starts[chunks.items] + chunks.begins + chunks.counts).astype(np.int32)
         context = [deal.own(rank) for rank in self._context] if deal.regime.cp else []
-        tokens, positions, pages, owners, heads, shared = upload(
+        tokens, positions, pages, owners, heads, shared, slots, fresh = upload(
             [
                 rows.tokens[mine],
                 rows.positions[mine],
@@ -221,6 +228,8 @@ class Runner:
                 rows.owners[mine],
                 head_rows,
                 rows.pages[np.concatenate(context)] if context else head_rows[:0],
+                rows.slots.astype(np.int64),
+                rows.starts == 0,
             ],
             self._device,
         )
@@ -232,6 +241,7 @@ class Runner:
             shared=Shared([len(own) for own in context], shared) if context else None,
             caches=self._caches,
             head_rows=heads,
+            items=Items(slots, fresh, rows.counts, rows.replays, rows.holds, {}),
         )
 
     @cached_property
@@ -243,57 +253,69 @@ class Runner:
         """Page tables of items, int32 [I, P], as wide as the longest needs."""
         return self._page_table[slots, : -(-int(ends.max(initial=0)) // PAGE)]
 
-    def _sample(self, step: Step, rows: Rows, stretches: list[Stretch], columns: torch.Tensor) -> Callable[..., Outcome]:
-        """The last stage's part: sample, send tokens back first of all, then compute what was asked of logprobs. What is returned
-        makes the outcome, once the device has come so far."""
-        num_samples = len(rows.sampled)
-        if not num_samples and not stretches:
-            return Outcome
-        logits = CutLogits(columns, self._vocab_size, self._along_vocabulary)
-        samples = logits.select(slice(0, num_samples))
-        sampled = self._sampler.sample(samples, rows.slots[rows.sampled], rows.ends[rows.sampled], self._bans(step, rows))
-        tokens = sampled.tokens.to(torch.int32)
-        if step.returns and num_samples:
-            self._joined.send_tokens(tokens)
-        tokens, described = download(tokens), sampled.describe()
-        told, at = [], num_samples
+    def _sample(self, step: Step, rows: Rows, logits: CutLogits) -> Sampled:
+        """Tokens of the rows that are sampled, which are the first of logits; sent back before anything else is computed of them."""
+        samples = logits.select(slice(0, len(rows.sampled)))
+        sampled = self._sampler.sample(samples, rows.owners[rows.sampled], rows.positions[rows.sampled] + 1, self._bans(step, rows))
+        if step.returns:
+            self._joined.send_tokens(sampled.tokens.to(torch.int32))
+        return sampled
+
+    def _bans(self, step: Step, rows: Rows) -> list[tuple[int, list[int]]]:
+        """A step names items; the sampler names sampled rows. An item with bans has no drafts, so it has one such row."""
+        ends = np.cumsum(rows.samples)
+        return [(int(ends[item]) - 1, ids) for item, ids in step.bans]
+
+    def _describe(self, sampled: Sampled | None, stretches: list[Stretch], logits: CutLogits) -> Callable[..., Outcome]:
+        """Compute what was asked of logprobs. What is returned makes the outcome, once the device has come so far."""
+        tokens = described = None
+        if sampled is not None:
+            tokens, described = download(sampled.tokens.to(torch.int32)), sampled.describe()
+        told, at = [], 0 if tokens is None else len(tokens)
         for stretch in stretches:
             told.append(stretch.describe(logits.select(slice(at, at + len(stretch.rows)))))
             at += len(stretch.rows)
 
         def read(*where: int, clock: Clock) -> Outcome:
             logprobs: list[Logprobs | None] = []
-            if described:
-                logprobs = [None] * num_samples
+            if sampled is not None and described is not None:
+                logprobs = [None] * len(sampled.tokens)
                 for row, value in zip(sampled.asked, described.read(), strict=True):
                     logprobs[row] = value
-            prompt_logprobs = [stretch.tell(values) for stretch, values in zip(stretches, told, strict=True)]
-            return Outcome(*where, tokens=tokens.numpy().tobytes(), logprobs=logprobs, prompt_logprobs=prompt_logprobs, clock=clock)
+            return Outcome(
+                *where,
+                tokens=b"" if tokens is None else tokens.numpy().tobytes(),
+                logprobs=logprobs,
+                prompt_logprobs=[stretch.tell(values) for stretch, values in zip(stretches, told, strict=True)],
+                clock=clock,
+            )
 
         return read
 
-    def _bans(self, step: Step, rows: Rows) -> list[tuple[int, list[int]]]:
-        """A step names items; the sampler names sampled rows."""
-        return [(int(np.searchsorted(rows.sampled, item)), ids) for item, ids in step.bans]
-
     @torch.inference_mode()
     def _make_room(self, max_model_len: int, graph_sizes: list[int], progress: Callable[[str], None]) -> None:
-        """Find out how many pages there is room for, take them, and capture graphs over them."""
-        settings, keeps = self._settings, self._decoder.keeps
+        """Find out how many pages and snapshots there is room for, take them, and capture graphs over them."""
+        settings, spec = self._settings, self._decoder.build.spec
+        num_drafts = settings.mtp.num_drafts(spec.num_mtp_layers)
+        self._num_held = 1 + num_drafts if num_drafts else 0
+        sizes = Sizes.of(self._decoder.keeps, self._num_held)
         most_rows = min(settings.max_num_batched_tokens, settings.max_num_seqs * max_model_len)
-        self._caches = [keep.allocate(1, self._device) for keep in keeps]
+        check_states(settings, self._device, sizes, self._stage)
+        self._allocate(1, 0)
         progress("is measuring its memory")
         rehearse(self.collectives)
         self.room = find_room(
             settings,
             self._device,
+            sizes,
             largest=lambda: self._try(_spread(most_rows, min(settings.max_num_seqs, most_rows))),
             decode=lambda: self._try(np.ones(min(settings.max_num_seqs, most_rows), np.int32)),
             num_graphs=len(graph_sizes),
         )
         self.collectives.leave()
-        self.num_pages = settings.num_pages or num_pages(self.room, sum(keep.bytes_per_page for keep in keeps), settings, self._stage)
-        self._caches = [keep.allocate(self.num_pages + bool(graph_sizes), self._device) for keep in keeps]
+        self.num_pages = num_pages(self.room, sizes, settings, self._stage)
+        self.num_snapshots = num_snapshots(self.room, sizes)
+        self._allocate(self.num_pages + bool(graph_sizes), self.num_snapshots or 0)
         if graph_sizes:
             progress("is capturing graphs")
             self._graphs = Graphs(
@@ -306,6 +328,18 @@ class Runner:
             )
             self.graphs = str(self._graphs)
 
+    def _allocate(self, num_pages: int, num_snapshots: int) -> None:
+        """The caches of all blocks, in place of those there were, which are freed first."""
+        num_slots, pools = self._settings.max_num_seqs, []
+        self._caches, self._states = [], States(pools, num_slots)
+        for keep in self._decoder.keeps:
+            if isinstance(keep, PerToken):
+                self._caches.append(keep.allocate(num_pages, self._device))
+            else:
+                inputs, states, held = keep.allocate(num_slots, num_snapshots, self._num_held, self._device)
+                self._caches.append((inputs, states, held))
+                pools += [inputs, states]
+
     def _try(self, counts: np.ndarray) -> None:
         """A step of prompts that mean nothing, all in one page: int32 [items], rows of each."""
         num_items = len(counts)
@@ -314,7 +348,7 @@ class Runner:
         rows = lay_out(step, self._page_table)
         deal = Deal(self._decoder.build.plan, self._decoder.build.rank, rows.counts, step.regime, self._device)
         edge = torch.zeros(self._decoder.num_edge_rows(deal), self.hidden, dtype=self.dtype, device=self._device)
-        result = self._decoder.forward(self._batch(rows, deal, rows.sampled_rows), deal, None if self._is_first else edge)
+        result = self._decoder.forward(self._batch(rows, deal, rows.sampled), deal, None if self._is_first else edge)
         if self._is_last:
             for temperature in (0.0, 1.0):  # whatever is compiled at its first use is compiled before the first request
                 self._sampler.open(Open(0, Sampling(max_tokens=1, temperature=temperature), 1))

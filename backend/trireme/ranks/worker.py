@@ -38,10 +38,10 @@ class Heart:
         self._thread = threading.Thread(target=self._run, name="heart", daemon=True)
         self._thread.start()
 
-    def tell(self, state: str, detail: str = "", num_pages: int = 0) -> None:
+    def tell(self, beat: Beat) -> None:
         """Beat this from now on; the first time at once."""
-        self._beat = Beat(state, detail, num_pages)
-        self._channel.beat(self._beat)
+        self._beat = beat
+        self._channel.beat(beat)
 
     def stop(self) -> None:
         self._stop.set()
@@ -68,14 +68,14 @@ def serve(brief: Brief, channel: RankChannel, heart: Heart) -> None:
     from trireme.ranks.duty import Duty  # seconds: torch
     from trireme.ranks.runner import load_runner
 
-    heart.tell("loading", "is loading")
+    heart.tell(Beat("loading", "is loading"))
     try:
-        runner = load_runner(brief.settings, brief.stage, brief.rank, progress=lambda sentence: heart.tell("loading", sentence))
+        runner = load_runner(brief.settings, brief.stage, brief.rank, progress=lambda sentence: heart.tell(Beat("loading", sentence)))
     except Refusal as refusal:
-        heart.tell("failed", str(refusal))
+        heart.tell(Beat("failed", str(refusal)))
         while True:
             channel.receive()  # until the leader has heard it and ends this rank
-    heart.tell("ready", num_pages=runner.num_pages)
+    heart.tell(Beat("ready", num_pages=runner.num_pages, num_snapshots=runner.num_snapshots))
     Duty(brief, channel, runner).do()
 
 
