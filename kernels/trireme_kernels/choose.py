@@ -18,7 +18,7 @@ import torch
 from trireme_kernels.case import Case
 
 # A file is named after what it is written in; that says which package it imports. All of these run on GPUs.
-_PACKAGES = MappingProxyType({"tl": "triton", "flashinfer": "flashinfer"})
+_PACKAGES = MappingProxyType({"tl": "triton", "flashinfer": "flashinfer", "fla": "fla"})
 
 
 def implementations(op: str) -> tuple[str, ...]:

@@ -37,14 +37,14 @@ def inputs(case: Case, seed: int) -> tuple[np.ndarray, Tensor, Tensor, Tensor]:
 def results(op: CausalConv, inputs: tuple) -> tuple[Tensor, ...]:
     """All that the op computes."""
     counts, *tensors = inputs
-    return (op.run(*tensors, op.plan(counts)),)
+    return (op.run(*tensors, plan=op.plan(counts)),)
 
 
 def timed(op: CausalConv, inputs: tuple) -> Callable[[], Any]:
     """What a benchmark repeats; what is planned once a step is planned before."""
     counts, *tensors = inputs
     plan = op.plan(counts)
-    return lambda: op.run(*tensors, plan)
+    return lambda: op.run(*tensors, plan=plan)
 
 
 def work(inputs: tuple) -> Work:

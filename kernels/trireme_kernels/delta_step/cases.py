@@ -69,14 +69,14 @@ def results(op: DeltaStep, inputs: tuple) -> tuple[Tensor, ...]:
     """All that the op computes: outputs, and the pools that it wrote."""
     numbers, *tensors = inputs
     tensors[6:9] = pools = [pool.clone() for pool in tensors[6:9]]
-    return (op.run(*tensors, op.plan(*numbers)), *pools)
+    return (op.run(*tensors, plan=op.plan(*numbers)), *pools)
 
 
 def timed(op: DeltaStep, inputs: tuple) -> Callable[[], Any]:
     """What a benchmark repeats; what is planned once a step is planned before."""
     numbers, *tensors = inputs
     plan = op.plan(*numbers)
-    return lambda: op.run(*tensors, plan)
+    return lambda: op.run(*tensors, plan=plan)
 
 
 def work(inputs: tuple) -> Work:

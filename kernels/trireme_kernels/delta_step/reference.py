@@ -78,16 +78,17 @@ class Reference:
         num_channels, num_heads = qkv.shape[1], a.shape[1]
         if plan.num_replays:
             again = held[:, : plan.num_replays].index_select(0, slots)
-            rows, *logits = again.split((num_channels, num_heads, num_heads), dim=-1)
+            rows, again_a, again_b = again.split((num_channels, num_heads, num_heads), dim=-1)
             stand = torch.arange(plan.num_replays, device=qkv.device) < plan.replays[:, None]
-            g, beta = (gate * stand[:, :, None] for gate in gates(*logits, log_decay, dt_bias))
+            g, beta = (gate * stand[:, :, None] for gate in gates(again_a, again_b, log_decay, dt_bias))
             _, window = _take(rows, g, beta, weight, window, state, plan.replays)
-        before = None if plan.aside is None else (window[plan.aside.items], state[plan.aside.items])
+        aside = plan.aside
+        before = [] if aside is None else [window[aside.items], state[aside.items]]
         g, beta = (plan.rows.fill(gate) for gate in gates(a, b, log_decay, dt_bias))
         out, window = _take(plan.rows.fill(qkv), g, beta, weight, window, state, plan.counts)
-        if plan.aside is not None:
-            window[plan.aside.items], state[plan.aside.items] = before
-            held[slots[plan.aside.owners], plan.aside.places] = torch.cat((qkv, a, b), dim=-1)[plan.aside.rows]
+        if aside is not None:
+            window[aside.items], state[aside.items] = before
+            held[slots[aside.owners], aside.places] = torch.cat((qkv, a, b), dim=-1)[aside.rows]
         inputs.index_copy_(0, slots, window)
         states.index_copy_(0, slots, state)
         return plan.rows.flat(out)

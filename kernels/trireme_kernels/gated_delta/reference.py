@@ -37,7 +37,7 @@ class Reference:
         plan: Rectangle,
     ) -> tuple[Tensor, Tensor]:  # [N, Hv, Dv], [I, Hv, Dk, Dv]
         final = initial.clone()
-        return plan.flat(recur(*(plan.fill(x) for x in (q, k, v, g, beta)), final)), final
+        return plan.flat(recur(*(plan.fill(x) for x in (q, k, v, g, beta)), state=final)), final
 
 
 def recur(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> Tensor:

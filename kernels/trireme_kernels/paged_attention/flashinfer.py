@@ -24,7 +24,7 @@ from torch import Tensor
 
 from trireme_kernels.case import Case
 from trireme_kernels.paged_attention.op import PAGE, CapturedDecode, PagedAttention
-from trireme_kernels.paged_attention.upload import upload
+from trireme_kernels.upload import upload
 
 _WORKSPACE_BYTES = 256 << 20  # partial results of items whose keys are split; what FlashInfer's own examples take is half
 _INT_WORKSPACE_BYTES = 8 << 20  # FlashInfer's default

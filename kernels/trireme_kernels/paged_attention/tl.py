@@ -19,7 +19,7 @@ from torch import Tensor
 from trireme_kernels.case import Case
 from trireme_kernels.paged_attention.groups import cut_queries
 from trireme_kernels.paged_attention.op import PAGE, CapturedDecode, PagedAttention
-from trireme_kernels.paged_attention.upload import upload
+from trireme_kernels.upload import upload
 
 _DECODE_ROWS, _PREFILL_ROWS, _KEYS = 16, 64, 64  # of one tile: (query, head) rows, and keys; a product needs 16 at least
 
