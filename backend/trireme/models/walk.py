@@ -1,0 +1,57 @@
+"""Walk: the way of a step's rows through the blocks of a stage, with a seam before each. What the blocks are is decoder's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from trireme.core.step import Regime
+from trireme.layers.block import Block, Build
+from trireme.layers.embed import Embed
+from trireme.parallel.layout import WHOLE, Layout, cut_of, home_of, lay
+from trireme.parallel.seam import Route, Seam
+
+
+class Walk:
+    """A stage's way through its blocks in one regime: a route in, a seam before each block, and what is owed at the end.
+
+    embedding or edge --enter--> home | seam, block | seam, block | ... --settle--> home --leave--> edge
+    """
+
+    def __init__(self, build: Build, regime: Regime, embed: Embed | None, blocks: list[Block]):
+        self.regime = regime
+        home, collectives = home_of(regime), build.collectives
+        edge = lay(cp=WHOLE) if build.plan.whole_edges else home
+        have = [home, *(block.gives.at(home) for block in blocks)]
+        self.edge = cut_of(edge, collectives.mesh)
+        self.enter = Route(edge if embed is None else embed.gives.at(home), home, collectives)
+        self.blocks = [(_seam(build, before, home, block), block) for before, block in zip(have, blocks, strict=False)]
+        self.settle = None if build.last else Route(have[-1], home, collectives)
+        self.leave = Route(home, edge, collectives)
+
+    def lines(self) -> Iterator[str]:
+        """Collectives in the order in which a step makes them: before each block, and inside it."""
+        yield from _line("enter", self.enter)
+        for seam, block in self.blocks:
+            yield from _line(block.name, seam.settle, seam.spread, *block.within(self.regime))
+        if self.settle is not None:
+            yield from _line("leave", self.settle, self.leave)
+
+
+def _line(part: str, *collectives: Route | str) -> Iterator[str]:
+    said = ", ".join(filter(None, map(str, collectives)))
+    if said:
+        yield f"  {part:<16}{said}"
+
+
+def _seam(build: Build, have: Layout, home: Layout, block: Block) -> Seam:
+    hidden = build.spec.hidden
+    return Seam(
+        have,
+        home,
+        block.takes.at(home),
+        build.collectives,
+        weight=block.norm,
+        eps=build.spec.eps,
+        rms_norm=build.choices("rms_norm", hidden=hidden),
+        add_rms_norm=build.choices("add_rms_norm", hidden=hidden),
+    )
