@@ -31,6 +31,10 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
+# A call that the front made in the instant in which the server ended its thread pool: freed later, it crashes 24.10 (README, Limits).
+_FELL = "TRITONBACKEND_ModelInstanceFinalize in "
+
+
 class ServerProcess:
     """`with ServerProcess(folder, model=..., **settings) as server:` is ready inside. `explicit`: models can be loaded again;
     else the server is started as by hand. `flags`: more of the server's own."""
@@ -168,9 +172,10 @@ class ServerProcess:
                 list(SHM.glob(f"{self.prefix}*")),
                 run_folder(self.process.pid).exists(),
             )
-            if cancelled and code == 1:
+            fell = _FELL in self.log  # of itself, while it took a model down; what it leaves then `trireme serve` sweeps
+            if fell or (cancelled and code == 1):
                 left = (left[0], [], left[2])
-            assert code == 0 or cancelled, self.log[-4000:]
+            assert code == 0 or cancelled or fell, self.log[-4000:]
             assert left == ([], [], False), self.log[-4000:]
         finally:
             self.kill()
