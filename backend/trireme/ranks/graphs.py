@@ -17,6 +17,7 @@ import torch
 from trireme.core.batch import Batch
 from trireme.core.settings import Settings
 from trireme.core.step import PAGE, Regime
+from trireme.layers.block import PerRequest
 from trireme.models.decoder import Decoder
 from trireme.parallel.deal import Deal
 from trireme.ranks.rows import Rows
@@ -40,6 +41,8 @@ def why_none(settings: Settings, decoder: Decoder, device: torch.device) -> str 
         return "its collectives belong to an epoch"
     if decoder.build.spec.num_experts and settings.experts == "dispatched":
         return "the host must know how many rows are dispatched"
+    if any(isinstance(keep, PerRequest) for keep in decoder.keeps):
+        return "its layers' states are not captured"
     if decoder.capture_attention(1, 1) is None:
         return "its attention cannot be captured"
     return None

@@ -300,16 +300,24 @@ class Runner:
         self._num_held = 1 + num_drafts if num_drafts else 0
         sizes = Sizes.of(self._decoder.keeps, self._num_held)
         most_rows = min(settings.max_num_batched_tokens, settings.max_num_seqs * max_model_len)
+        most_items = min(settings.max_num_seqs, most_rows)
         check_states(settings, self._device, sizes, self._stage)
         self._allocate(1, 0)
+
+        def largest() -> None:
+            self._try(_spread(most_rows, most_items))
+            if self._num_held:
+                num_drafting = min(most_items, settings.mtp.max_batch_size, most_rows // self._num_held)
+                self._try(np.full(max(1, num_drafting), self._num_held, np.int32), hold=True)
+
         progress("is measuring its memory")
         rehearse(self.collectives)
         self.room = find_room(
             settings,
             self._device,
             sizes,
-            largest=lambda: self._try(_spread(most_rows, min(settings.max_num_seqs, most_rows))),
-            decode=lambda: self._try(np.ones(min(settings.max_num_seqs, most_rows), np.int32)),
+            largest=largest,
+            decode=lambda: self._try(np.ones(most_items, np.int32)),
             num_graphs=len(graph_sizes),
         )
         self.collectives.leave()
@@ -340,11 +348,22 @@ class Runner:
                 self._caches.append((inputs, states, held))
                 pools += [inputs, states]
 
-    def _try(self, counts: np.ndarray) -> None:
-        """A step of prompts that mean nothing, all in one page: int32 [items], rows of each."""
+    def _try(self, counts: np.ndarray, *, hold: bool = False) -> None:
+        """A step of prompts that mean nothing, all in one page: int32 [items], rows of each. Of `hold`: a token and drafts each,
+        after others that stand."""
         num_items = len(counts)
         zeros, ones = ints(np.zeros(num_items)), ints(np.ones(num_items))
-        step = Step(0, 0, ints(np.arange(num_items)), zeros, ints(counts), ones, ints(np.zeros(counts.sum())))
+        step = Step(
+            0,
+            0,
+            slots=ints(np.arange(num_items)),
+            starts=zeros,
+            counts=ints(counts),
+            samples=ints(counts) if hold else ones,
+            tokens=ints(np.zeros(counts.sum())),
+            replays=ints(counts) if hold else zeros,
+            holds=ones if hold else zeros,
+        )
         rows = lay_out(step, self._page_table)
         deal = Deal(self._decoder.build.plan, self._decoder.build.rank, rows.counts, step.regime, self._device)
         edge = torch.zeros(self._decoder.num_edge_rows(deal), self.hidden, dtype=self.dtype, device=self._device)
@@ -352,7 +371,7 @@ class Runner:
         if self._is_last:
             for temperature in (0.0, 1.0):  # whatever is compiled at its first use is compiled before the first request
                 self._sampler.open(Open(0, Sampling(max_tokens=1, temperature=temperature), 1))
-                self._sampler.sample(CutLogits(result, self._vocab_size, self._along_vocabulary), rows.slots, rows.ends, ())
+                self._sample(step, rows, CutLogits(result, self._vocab_size, self._along_vocabulary))
             self._sampler.clear()
 
 
