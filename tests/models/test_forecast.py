@@ -53,7 +53,7 @@ def test_keys_and_values_take_what_weights_leave():
 def test_the_stage_with_least_room_counts():
     held = predict(LLAMA_70B, pipeline_parallel_size=4, layer_cut=[17, 17, 17, 29])
     assert held.fullest.stage == 3
-    assert held.capacity_tokens == held.fullest.tokens(H100.usable_bytes)
+    assert held.capacity_tokens == held.fullest.tokens(H100.usable_bytes, held.concurrent)
 
 
 def test_a_decode_step_reads_weights_and_keys():

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from trireme.models.forecast import RankBytes
-from trireme.models.hardware import GIB, Device
+from trireme.models.hardware import GIB, MIB, Device
 from trireme.models.planner import Option, Refused, Survey
 from trireme.models.schedule import schedule_of
 from trireme.models.spec import Spec
@@ -73,11 +73,14 @@ def _plans(device: Device, options: list[Option]) -> Table:
         f"{reach.memory:.0%} of memory is used.",
     )
     table.add_column("plan")
-    for name in ("weights\nGiB", "activations\nGiB", "capacity\ntokens", "\nrequests", "prefill\ns", "decode\nms", "\ntokens/s"):
+    keeps_states = any(option.forecast.state_bytes for option in options)
+    sizes = ("weights\nGiB", "activations\nGiB", *["state of a\nsequence, MiB"] * keeps_states)
+    for name in (*sizes, "capacity\ntokens", "\nrequests", "prefill\ns", "decode\nms", "\ntokens/s"):
         table.add_column(name, justify="right", no_wrap=True)
     for option in options:
         rank, predicted = option.forecast.fullest, option.forecast
-        cells = str(option.plan), f"{rank.weights / GIB:.1f}", f"{rank.activations / GIB:.1f}"
+        state = [f"{predicted.state_bytes / MIB:.1f}"] * keeps_states
+        cells = str(option.plan), f"{rank.weights / GIB:.1f}", f"{rank.activations / GIB:.1f}", *state
         if predicted.fits:
             times = f"{predicted.prefill_s:.2f}", f"{1e3 * predicted.decode_s:.1f}", f"{predicted.tokens_per_s:.0f}"
             table.add_row(*cells, f"{predicted.capacity_tokens}", f"{predicted.capacity_requests}", *times)
@@ -103,15 +106,17 @@ def _refused(refused: tuple[Refused, ...]) -> Table:
 def _ranks(option: Option) -> Table:
     """Neighbours that hold the same are one line."""
     table = Table(title=f"{option.sizes}: GiB of each rank")
-    for name in ("stage", "layers", "ranks", "weights", "activations", "left for\nkeys and values", "tokens\nthere"):
+    for name in ("stage", "layers", "ranks", "weights", "activations", "states", "left for\nkeys and values", "tokens\nthere"):
         table.add_column(name, justify="right")
-    usable = option.forecast.usable_bytes
+    usable, requests = option.forecast.usable_bytes, option.forecast.concurrent
     for alike, group in groupby(option.forecast.ranks, key=lambda rank: rank._replace(rank=0)):
         numbers = [rank.rank for rank in group]
-        left = usable - alike.weights - alike.activations
-        sizes = (f"{size / GIB:.2f}" for size in (alike.weights, alike.activations, left))
+        states = requests * alike.per_request
+        left = usable - alike.weights - alike.activations - states
+        sizes = (f"{size / GIB:.2f}" for size in (alike.weights, alike.activations, states, left))
         layers = _span(option.plan.layers(alike.stage))
-        table.add_row(str(alike.stage), layers, _span(range(numbers[0], numbers[-1] + 1)), *sizes, str(alike.tokens(usable)))
+        tokens = str(alike.tokens(usable, requests)) if alike.kv_per_token else "any"
+        table.add_row(str(alike.stage), layers, _span(range(numbers[0], numbers[-1] + 1)), *sizes, tokens)
     return table
 
 
@@ -140,6 +145,7 @@ def _option(option: Option) -> dict[str, Any]:
         "missing_bytes": predicted.missing_bytes,
         "capacity_tokens": predicted.capacity_tokens,
         "capacity_requests": predicted.capacity_requests,
+        "state_bytes_per_sequence": predicted.state_bytes,
         "predicted_prefill_s": predicted.prefill_s,
         "predicted_decode_s": predicted.decode_s,
         "predicted_tokens_per_s": predicted.tokens_per_s,
@@ -154,6 +160,8 @@ def _rank(rank: RankBytes) -> dict[str, int]:
         "weights_bytes": rank.weights,
         "activations_bytes": rank.activations,
         "kv_bytes_per_token": rank.kv_per_token,
+        "state_bytes": rank.state,
+        "held_bytes": rank.held,
     }
 
 

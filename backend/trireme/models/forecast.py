@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, replace
 from math import ceil
 from typing import NamedTuple
@@ -10,12 +9,19 @@ from typing import NamedTuple
 from trireme.core.settings import Settings
 from trireme.core.step import PAGE, Regime
 from trireme.models.cost import (
+    LayerParams,
     Shares,
     activation_bytes,
+    held_bytes,
+    kinds,
     kv_bytes_per_token,
     layer_params,
+    mtp_params,
+    num_attention_layers,
+    num_linear_layers,
     rank_param_bytes,
     read_params,
+    state_bytes,
     touched,
     vocabulary_rows,
 )
@@ -44,11 +50,24 @@ class RankBytes(NamedTuple):
     rank: int
     weights: int
     activations: int
-    kv_per_token: int
+    kv_per_token: int  # 0 in a stage without attention
+    state: int  # of a sequence, whatever its length
+    held: int  # of a sequence that has drafts
 
-    def tokens(self, usable_bytes: int) -> int:
-        """Tokens whose keys and values fit beside the rest, in whole pages."""
-        return max(0, usable_bytes - self.weights - self.activations) // (self.kv_per_token * PAGE) * PAGE
+    @property
+    def per_request(self) -> int:
+        """A slot, and a snapshot for whoever begins with the same text."""
+        return 2 * self.state + self.held
+
+    def requests(self, usable_bytes: int, context: int) -> int:
+        """Requests of so many tokens that fit beside the rest."""
+        pages = ceil(context / PAGE) * PAGE * self.kv_per_token
+        return max(0, usable_bytes - self.weights - self.activations) // (pages + self.per_request)
+
+    def tokens(self, usable_bytes: int, requests: int) -> int:
+        """Tokens whose keys and values fit beside the rest and the states of so many requests, in whole pages."""
+        left = usable_bytes - self.weights - self.activations - requests * self.per_request
+        return max(0, left) // (self.kv_per_token * PAGE) * PAGE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,11 +83,17 @@ class Forecast:
 
     @property
     def capacity_tokens(self) -> int:
-        return min(rank.tokens(self.usable_bytes) for rank in self.ranks)
+        """Of the requests that run at once, and of texts that others may begin with."""
+        return min(rank.tokens(self.usable_bytes, self.concurrent) for rank in self.ranks if rank.kv_per_token)
 
     @property
     def capacity_requests(self) -> int:
-        return self.capacity_tokens // self.demand.context
+        return min(rank.requests(self.usable_bytes, self.demand.context) for rank in self.ranks)
+
+    @property
+    def state_bytes(self) -> int:
+        """Of a sequence, on the rank that has most of it."""
+        return max(rank.state for rank in self.ranks)
 
     @property
     def concurrent(self) -> int:
@@ -82,25 +107,37 @@ class Forecast:
 
     @property
     def fullest(self) -> RankBytes:
-        """The rank that limits how many tokens there are; the first of several."""
-        return min(self.ranks, key=lambda rank: (rank.tokens(self.usable_bytes), -rank.weights - rank.activations))
+        """The rank that limits how many requests there are; the first of several."""
+
+        def room(rank: RankBytes) -> tuple[float, int]:
+            left = self.usable_bytes - rank.weights - rank.activations
+            return left / (self.demand.context * rank.kv_per_token + rank.per_request), left
+
+        return min(self.ranks, key=room)
 
     @property
     def missing_bytes(self) -> int:
         """What the fullest rank lacks to hold one request."""
         rank = self.fullest
-        return max(0, rank.weights + rank.activations + rank.kv_per_token * self.demand.context - self.usable_bytes)
+        request = rank.kv_per_token * self.demand.context + rank.per_request
+        return max(0, rank.weights + rank.activations + request - self.usable_bytes)
 
 
 def forecast(spec: Spec, plan: Plan, settings: Settings, device: Device, demand: Demand, item_bytes: int) -> Forecast:
     """A prompt is computed in chunks of max_num_batched_tokens that follow one another through the stages. While decoding, the
     requests are dealt into pp steps in flight, and a token costs the longer of two: a step's way through all stages, or the
-    slowest stage's work for every step."""
+    slowest stage's work for every step. What drafts bring, and what it costs to make more than one, is not in it."""
     rows = max(settings.max_num_batched_tokens, plan.cp * demand.requests)  # decodes are whole along cp
     work = activation_bytes(spec, plan, rows, demand.requests, item_bytes)
     ranks = tuple(
         RankBytes(
-            stage, rank, rank_param_bytes(spec, plan, stage, rank, item_bytes), work, kv_bytes_per_token(spec, plan, stage, item_bytes)
+            stage,
+            rank,
+            weights=rank_param_bytes(spec, plan, stage, rank, item_bytes),
+            activations=work,
+            kv_per_token=kv_bytes_per_token(spec, plan, stage, item_bytes),
+            state=state_bytes(spec, plan, stage, item_bytes),
+            held=held_bytes(spec, plan, stage, item_bytes),
         )
         for stage in range(plan.pp)
         for rank in range(plan.ranks)
@@ -142,36 +179,50 @@ class _Clock:
             self._flops(stage, rows, sequences, keys, regime) / self.device.flops(self.item_bytes),
             self._bytes(stage, rows, sequences, keys, regime) / (self.device.bandwidth * self.device.reach.bandwidth),
         )
-        wire = stage_wire(self.spec, self.plan, stage, rows, regime, self.item_bytes)
+        wire = stage_wire(self.spec, self.plan, stage, rows, regime, self.item_bytes, sequences)
         edge = edge_bytes(self.spec, self.plan, rows, regime, self.item_bytes) if stage < self.plan.pp - 1 else 0
         link = self.device.link * self.device.reach.link
         return compute + (wire.num_bytes + edge) / link + wire.calls * self.device.reach.collective_s
 
     def _flops(self, stage: int, rows: int, sequences: int, keys: int, regime: Regime) -> float:
-        """Two for each number and row, and four for each key and number of a query: scores, and values by them."""
+        """Two for each number and row, and four for each key and number of a query: scores, and values by them. A row of the
+        delta rule meets each number of a state three times; along cp the state is wider by what it would do to any other."""
         spec, shares = self.spec, Shares.of(self.plan, self.spec)
         near = rows / self.plan.cp if regime.cp else rows
         picks = self._seen(rows, regime) * spec.num_experts_per_tok / self.plan.ep
-        total = 4 * near * keys * self.plan.layer_cut[stage] * (spec.num_heads // shares.heads) * spec.head_dim
-        for sparse, num_layers in self._kinds(stage):
-            params = layer_params(spec, sparse, shares)
-            total += 2 * num_layers * (near * (params.attention + params.mlp) + picks * params.expert)
+        attended = num_attention_layers(spec, self.plan, stage) * (spec.num_heads // shares.heads) * spec.head_dim
+        total = 4 * near * keys * attended + near * num_linear_layers(spec, self.plan, stage) * self._delta_flops(regime)
+        for params, num in self._parts(stage):
+            total += 2 * num * (near * (params.mixer + params.mlp) + picks * params.expert)
         return total + 2 * sequences * self._head(stage)
 
     def _bytes(self, stage: int, rows: int, sequences: int, keys: int, regime: Regime) -> float:
-        """Weights once, and each sequence's keys and values."""
-        spec, shares = self.spec, Shares.of(self.plan, self.spec)
+        """Weights once, each sequence's keys and values, and its states there and back."""
+        spec = self.spec
         share = touched(spec, round(self._seen(rows, regime)))
-        numbers = sum(num * read_params(layer_params(spec, sparse, shares), share) for sparse, num in self._kinds(stage))
-        cached = sequences * keys * kv_bytes_per_token(spec, self.plan, stage, self.item_bytes)
-        return self.item_bytes * (numbers + self._head(stage)) + cached
+        numbers = sum(num * read_params(params, share) for params, num in self._parts(stage))
+        cached = keys * kv_bytes_per_token(spec, self.plan, stage, self.item_bytes)
+        carried = 2 * state_bytes(spec, self.plan, stage, self.item_bytes)
+        return self.item_bytes * (numbers + self._head(stage)) + sequences * (cached + carried)
+
+    def _delta_flops(self, regime: Regime) -> int:
+        """Of one row in one layer."""
+        if self.spec.delta is None:
+            return 0
+        delta = Shares.of(self.plan, self.spec).delta(self.spec)
+        width = delta.value_dim + regime.cp * delta.key_dim
+        return 6 * delta.num_value_heads * delta.key_dim * width
 
     def _seen(self, rows: int, regime: Regime) -> float:
         """Rows that one copy of the experts serves."""
         return rows / self.plan.moe_dp if regime.cp else rows
 
-    def _kinds(self, stage: int) -> list[tuple[bool, int]]:
-        return list(Counter(self.spec.sparse[layer] for layer in self.plan.layers(stage)).items())
+    def _parts(self, stage: int) -> list[tuple[LayerParams, int]]:
+        """Layers of a stage, and how many there are of each; the head that drafts is one more."""
+        spec, shares = self.spec, Shares.of(self.plan, self.spec)
+        found = [(layer_params(spec, kind, shares), num) for kind, num in kinds(spec, self.plan.layers(stage)).items()]
+        drafts = self.plan.mtp > 0 and stage == self.plan.pp - 1
+        return found + [(mtp_params(spec, shares), 1)] * drafts
 
     def _head(self, stage: int) -> int:
         """Numbers of the head, on the rank that has most of it."""

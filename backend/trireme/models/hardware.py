@@ -40,7 +40,7 @@ class Device:
         return self.reach.flops * (self.flops_16 if item_bytes == 2 else self.flops_32)
 
 
-GIB = 1 << 30
+MIB, GIB = 1 << 20, 1 << 30
 
 DEVICES: Mapping[str, Device] = MappingProxyType(
     {

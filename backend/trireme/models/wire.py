@@ -7,7 +7,7 @@ from math import ceil, prod
 from typing import NamedTuple
 
 from trireme.core.step import Regime
-from trireme.models.cost import Shares
+from trireme.models.cost import Shares, num_linear_layers
 from trireme.models.spec import Spec
 from trireme.parallel.layout import ROWS, SUM, WHOLE, Cut, Layout, Move, home_of, lay, lay_experts, moves
 from trireme.parallel.mesh import Mesh
@@ -40,17 +40,19 @@ def sent(collective: str, size: int, buffer_bytes: float) -> float:
     return (2 if collective == "all_reduce" else 1) * (size - 1) / size * buffer_bytes
 
 
-def stage_wire(spec: Spec, plan: Plan, stage: int, rows: int, regime: Regime, item_bytes: int) -> Wire:
-    """For a step of `rows` rows in one stage: its seams, what attention shares along cp, and what dispatched experts exchange.
-    The edge to the next stage is not in it."""
+def stage_wire(spec: Spec, plan: Plan, stage: int, rows: int, regime: Regime, item_bytes: int, num_items: int = 1) -> Wire:
+    """For a step of `rows` rows of `num_items` items in one stage: its seams, what attention and the delta rule share along cp,
+    and what dispatched experts exchange. The edge to the next stage is not in it."""
     mesh, total = Mesh(plan), Wire()
     for (have, want), times in Counter(_seams(spec, plan, stage, regime)).items():
         for move in moves(have, want, mesh):
             if move.collective != "slice":
                 total = total.plus(_of_move(move, rows, spec.hidden * item_bytes), times)
     if regime.cp:
-        kept = 2 * Shares.of(plan, spec).kv_heads(spec) * spec.head_dim * item_bytes
-        total = total.plus(Wire(1, sent("all_gather", plan.cp, rows * kept)), plan.layer_cut[stage])
+        num_linear = num_linear_layers(spec, plan, stage)
+        total = total.plus(_keys_and_values(spec, plan, rows, item_bytes), plan.layer_cut[stage] - num_linear)
+        if num_linear:
+            total = total.plus(_affine(spec, plan, num_items, item_bytes), num_linear)
     if plan.experts == "dispatched" and plan.ep > 1:
         num_sparse = sum(spec.sparse[layer] for layer in plan.layers(stage))
         total = total.plus(_exchange(spec, plan, rows, regime, item_bytes), num_sparse)
@@ -84,6 +86,19 @@ def _of_move(move: Move, rows: int, row_bytes: int) -> Wire:
 def _rows(rows: int, cut: Cut) -> int:
     """Of a rank, under a cut."""
     return ceil(rows / prod(span.size for span in cut))
+
+
+def _keys_and_values(spec: Spec, plan: Plan, rows: int, item_bytes: int) -> Wire:
+    kept = 2 * Shares.of(plan, spec).kv_heads(spec) * spec.head_dim * item_bytes
+    return Wire(1, sent("all_gather", plan.cp, rows * kept))
+
+
+def _affine(spec: Spec, plan: Plan, num_items: int, item_bytes: int) -> Wire:
+    """What the convolution sees before each of an item's 2 cp chunks, and what each chunk does to any state (parallel/affine)."""
+    delta = Shares.of(plan, spec).delta(spec)
+    halo = (delta.kernel - 1) * delta.channels * item_bytes
+    done = 4 * delta.num_value_heads * delta.key_dim * (delta.value_dim + delta.key_dim)
+    return Wire(2, sent("all_gather", plan.cp, 2 * plan.cp * num_items * (halo + done)))
 
 
 def _exchange(spec: Spec, plan: Plan, rows: int, regime: Regime, item_bytes: int) -> Wire:

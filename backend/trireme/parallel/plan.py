@@ -12,6 +12,8 @@ from trireme.core.step import Regime
 from trireme.models.cost import cut_layers
 from trireme.models.spec import Spec
 
+_DRAFTS = 3  # where nobody says
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -25,6 +27,7 @@ class Plan:
     sp: bool = False  # whether some steps have the residual cut by rows over tp
     experts: Literal["gathered", "dispatched"] = "gathered"
     whole_edges: bool = False  # whether stages hand on every row, as the tensor link does, or each rank its own
+    mtp: int = 0  # drafts of a sequence at the most, by the checkpoint's own head; 0: it is not loaded
 
     def __post_init__(self):
         if min(self.tp, self.cp, self.ep, self.moe_dp) < 1 or not self.layer_cut:
@@ -43,10 +46,10 @@ class Plan:
             )
 
     def __str__(self) -> str:
-        """As on the command line, without what is one or off: "pp2 tp2 ep2 sp"."""
+        """As on the command line, without what is one or off: "pp2 tp2 ep2 sp mtp3"."""
         sizes = {"pp": self.pp, "tp": self.tp, "cp": self.cp, "moe_dp": self.moe_dp, "ep": self.ep}
         words = [f"{name}{size}" for name, size in sizes.items() if size > 1]
-        words += ["sp"] * self.sp + ["dispatched"] * (self.experts == "dispatched")
+        words += ["sp"] * self.sp + ["dispatched"] * (self.experts == "dispatched") + [f"mtp{self.mtp}"] * (self.mtp > 0)
         return " ".join(words) or "one rank"
 
     @property
@@ -79,15 +82,15 @@ class Plan:
     @classmethod
     def of(cls, settings: Settings, spec: Spec) -> Plan:
         """The plan that settings ask for. Refusal where the checkpoint cannot be spread so."""
-        num_stages, cut = settings.pipeline_parallel_size, settings.layer_cut
+        num_stages, cut, mtp = settings.pipeline_parallel_size, settings.layer_cut, _num_drafts(settings.mtp.num_tokens, spec)
         if cut is not None and (sum(cut) != spec.num_layers or min(cut) < 1):
             raise Refusal(
                 f"layer_cut={cut} does not cut {spec.num_layers} layers into {num_stages} stages",
                 why="it names the layers of every stage, at least one each",
-                fix=f"use layer_cut={cut_layers(spec, num_stages)}, or leave it out",
+                fix=f"use layer_cut={cut_layers(spec, num_stages, mtp=mtp > 0)}, or leave it out",
             )
         plan = cls(
-            layer_cut=tuple(cut or cut_layers(spec, num_stages)),
+            layer_cut=tuple(cut or cut_layers(spec, num_stages, mtp=mtp > 0)),
             tp=settings.tensor_parallel_size,
             cp=settings.context_parallel_size,
             ep=settings.expert_parallel_size,
@@ -95,20 +98,19 @@ class Plan:
             sp=settings.sp_from is not None,
             experts=settings.experts,
             whole_edges=settings.link == "tensor",
+            mtp=mtp,
         )
         plan.check(spec)
         return plan
 
     def check(self, spec: Spec) -> None:
         """Refusal where a checkpoint's heads, columns or experts do not fall into as many parts as there are ranks."""
-        tp, heads, kv_heads = self.tp, spec.num_heads, spec.num_kv_heads
-        _divides("tp", tp, heads, "query heads", "each rank needs whole heads")
-        if kv_heads % tp and tp % kv_heads:
-            raise Refusal(
-                f"tp={tp} does not divide {kv_heads} key/value heads, nor do they divide tp",
-                why="each rank needs whole heads, or a whole copy of one",
-                fix=f"use tp={_nearest(tp, heads, lambda size: not (kv_heads % size and size % kv_heads))}",
-            )
+        tp = self.tp
+        _divides("tp", tp, spec.num_heads, "query heads", "each rank needs whole heads")
+        _divides_or_copies(tp, spec.num_kv_heads, "key/value heads", of=spec.num_heads)
+        if spec.delta is not None:
+            _divides("tp", tp, spec.delta.num_value_heads, "value heads of the delta rule", "each rank needs whole heads")
+            _divides_or_copies(tp, spec.delta.num_key_heads, "key heads of the delta rule", of=spec.delta.num_value_heads)
         if not all(spec.sparse):
             _divides("tp", tp, spec.intermediate, "columns of the MLP", "each rank has equally many")
         if any(spec.sparse):
@@ -131,6 +133,29 @@ class Plan:
 def _divides(axis: str, size: int, num: int, what: str, why: str) -> None:
     if num % size:
         raise Refusal(f"{axis}={size} does not divide {num} {what}", why=why, fix=f"use {axis}={_nearest(size, num)}")
+
+
+def _divides_or_copies(tp: int, num: int, what: str, of: int) -> None:
+    """Of heads that several of `of` others share: ranks that outnumber them have a copy each."""
+    if num % tp and tp % num:
+        raise Refusal(
+            f"tp={tp} does not divide {num} {what}, nor do they divide tp",
+            why="each rank needs whole heads, or a whole copy of one",
+            fix=f"use tp={_nearest(tp, of, lambda size: not (num % size and size % num))}",
+        )
+
+
+def _num_drafts(asked: int | None, spec: Spec) -> int:
+    """Refusal where drafts are asked of a checkpoint that has nothing to make them."""
+    if asked and not spec.num_mtp_layers:
+        raise Refusal(
+            f"mtp.num_tokens={asked} for a checkpoint without a head that drafts",
+            why=f"{spec.family} here has no mtp layer",
+            fix="leave mtp out, or serve a checkpoint that has one",
+        )
+    if asked is None:
+        return _DRAFTS if spec.num_mtp_layers else 0
+    return asked
 
 
 def _nearest(size: int, num: int, legal=lambda size: True) -> int:
