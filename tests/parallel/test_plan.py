@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 
+from real_configs import QWEN3_5_35B
 from trireme.core.refusal import Refusal
 from trireme.core.settings import make_settings
 from trireme.core.step import Regime
-from trireme.models.spec import Rope, Spec
+from trireme.models.spec import Delta, Rope, Spec, make_spec
 from trireme.parallel.plan import Plan
 
 SPEC = Spec(
@@ -79,6 +80,14 @@ MOE = replace(
     num_experts_per_tok=2,
     moe_intermediate=96,
 )
+HYBRID = replace(
+    SPEC,
+    family="qwen3_5",
+    num_heads=32,
+    num_kv_heads=4,
+    linear=(True, True, False) * 10,
+    delta=Delta(num_key_heads=4, num_value_heads=24, key_dim=16, value_dim=16, kernel=4),
+)
 
 
 @pytest.mark.parametrize(
@@ -101,6 +110,13 @@ MOE = replace(
             {"tensor_parallel_size": 2, "context_parallel_size": 3, "expert_parallel_size": 2, "experts": "dispatched"},
             "groups of one size must nest",
         ),
+        (HYBRID, {"tensor_parallel_size": 16}, "tp=16 does not divide 24 value heads of the delta rule.*fix: use tp=12"),
+        (
+            replace(HYBRID, delta=replace(HYBRID.delta, num_key_heads=6)),
+            {"tensor_parallel_size": 4},
+            "tp=4 does not divide 6 key heads of the delta rule, nor do they divide tp.*fix: use tp=3",
+        ),
+        (HYBRID, {"mtp": {"num_tokens": 2}}, "mtp.num_tokens=2 for a checkpoint without a head that drafts.*leave mtp out"),
     ],
 )
 def test_what_a_checkpoint_cannot_be_spread_over_is_refused(spec, settings, sentence):
@@ -108,8 +124,17 @@ def test_what_a_checkpoint_cannot_be_spread_over_is_refused(spec, settings, sent
         Plan.of(make_settings({"model": "/m", **settings}), spec)
 
 
-def test_key_value_heads_are_copied_where_ranks_outnumber_them():
+def test_shared_heads_are_copied_where_ranks_outnumber_them():
+    """Key/value heads of attention, and key heads of the delta rule: four for eight ranks."""
     assert Plan.of(make_settings({"model": "/m", "tensor_parallel_size": 8}), MOE).tp == 8
+    assert Plan.of(make_settings({"model": "/m", "tensor_parallel_size": 8}), HYBRID).tp == 8
+
+
+@pytest.mark.parametrize(("asked", "drafts", "words"), [(None, 3, "pp2 mtp3"), (0, 0, "pp2"), (1, 1, "pp2 mtp1")])
+def test_a_head_drafts_unless_it_is_turned_off(asked: int | None, drafts: int, words: str):
+    settings = make_settings({"model": "/m", "pipeline_parallel_size": 2, "mtp": {"num_tokens": asked}})
+    plan = Plan.of(settings, make_spec(QWEN3_5_35B))
+    assert (plan.mtp, str(plan)) == (drafts, words)
 
 
 def test_expert_axes_divide_the_ranks_of_a_stage():

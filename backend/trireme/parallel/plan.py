@@ -12,8 +12,6 @@ from trireme.core.step import Regime
 from trireme.models.cost import cut_layers
 from trireme.models.spec import Spec
 
-_DRAFTS = 3  # where nobody says
-
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -82,7 +80,14 @@ class Plan:
     @classmethod
     def of(cls, settings: Settings, spec: Spec) -> Plan:
         """The plan that settings ask for. Refusal where the checkpoint cannot be spread so."""
-        num_stages, cut, mtp = settings.pipeline_parallel_size, settings.layer_cut, _num_drafts(settings.mtp.num_tokens, spec)
+        num_stages, cut = settings.pipeline_parallel_size, settings.layer_cut
+        mtp = settings.mtp.num_drafts(spec.num_mtp_layers)
+        if settings.mtp.num_tokens and not mtp:
+            raise Refusal(
+                f"mtp.num_tokens={settings.mtp.num_tokens} for a checkpoint without a head that drafts",
+                why=f"this {spec.family} has no mtp layer",
+                fix="leave mtp out, or serve a checkpoint that has one",
+            )
         if cut is not None and (sum(cut) != spec.num_layers or min(cut) < 1):
             raise Refusal(
                 f"layer_cut={cut} does not cut {spec.num_layers} layers into {num_stages} stages",
@@ -143,19 +148,6 @@ def _divides_or_copies(tp: int, num: int, what: str, of: int) -> None:
             why="each rank needs whole heads, or a whole copy of one",
             fix=f"use tp={_nearest(tp, of, lambda size: not (num % size and size % num))}",
         )
-
-
-def _num_drafts(asked: int | None, spec: Spec) -> int:
-    """Refusal where drafts are asked of a checkpoint that has nothing to make them."""
-    if asked and not spec.num_mtp_layers:
-        raise Refusal(
-            f"mtp.num_tokens={asked} for a checkpoint without a head that drafts",
-            why=f"{spec.family} here has no mtp layer",
-            fix="leave mtp out, or serve a checkpoint that has one",
-        )
-    if asked is None:
-        return _DRAFTS if spec.num_mtp_layers else 0
-    return asked
 
 
 def _nearest(size: int, num: int, legal=lambda size: True) -> int:
