@@ -41,7 +41,7 @@ class Chained:
         self._page_table = shuffled.reshape(num_sequences, num_pages)
         self._lens = [0] * num_sequences
         self.decoders: list[list[Decoder]] = []  # [stage][rank]
-        self._caches = []
+        self._caches = []  # states of `num_held` rows for each sequence, whose slot is its number
         self.boards = []
         for stage in range(self.plan.pp):
             boards, decoders = Boards(), [build_decoder(model_dir, self.plan, stage, rank=rank) for rank in range(self.plan.ranks)]
@@ -81,7 +81,7 @@ class Chained:
             )
             if came is not None:
                 assert len(came) == decoder.num_edge_rows(deal)
-            return decoder.forward(batch, deal, came)
+            return decoder.forward(batch, deal, came).rows
 
         rows: list[torch.Tensor | None] = [None] * self.plan.ranks
         for stage, boards in enumerate(self.boards):

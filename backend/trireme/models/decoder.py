@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,19 +13,20 @@ from torch import nn
 from trireme.core.batch import Attend, Batch
 from trireme.layers.attention import Attention
 from trireme.layers.block import Block, Build, PerRequest, PerToken
+from trireme.layers.delta import GatedDeltaNet
 from trireme.layers.embed import Embed, Head
 from trireme.layers.linear import Linear
 from trireme.layers.names import Names, table
 from trireme.layers.param import Param
 from trireme.models.walk import Walk
 from trireme.parallel.deal import Deal
+from trireme_kernels.delta_step.op import CapturedDeltaStep, DeltaStep
 from trireme_kernels.paged_attention.op import CapturedDecode, PagedAttention
 
 # What all families' checkpoints share.
-DENSE_NAMES = table("""
+_SHARED_NAMES = table("""
   model.embed_tokens                               -> embed
   model.layers.{i}.input_layernorm.weight          -> layers.{i}.attn.norm
-  model.layers.{i}.self_attn.{q,k,v}_proj          -> layers.{i}.attn.qkv         join q k v
   model.layers.{i}.self_attn.o_proj                -> layers.{i}.attn.out
   model.layers.{i}.post_attention_layernorm.weight -> layers.{i}.mlp.norm
   model.layers.{i}.mlp.{gate,up}_proj              -> layers.{i}.mlp.gate_up      join gate up
@@ -32,6 +34,10 @@ DENSE_NAMES = table("""
   model.norm.weight                                -> head.norm
   lm_head                                          -> head.proj                   tie model.embed_tokens
   *.rotary_emb.inv_freq                            -> nothing
+""")
+
+DENSE_NAMES = _SHARED_NAMES + table("""
+  model.layers.{i}.self_attn.{q,k,v}_proj          -> layers.{i}.attn.qkv         join q k v
 """)
 
 # Where queries and keys are normed.
@@ -49,7 +55,37 @@ EXPERT_NAMES = table("""
   model.layers.{i}.mlp.experts.down_proj                 -> layers.{i}.mlp.down
 """)
 
+SHARED_EXPERT_NAMES = table("""
+  model.layers.{i}.mlp.shared_expert.{gate,up}_proj -> layers.{i}.mlp.shared.gate_up   join gate up
+  model.layers.{i}.mlp.shared_expert.down_proj      -> layers.{i}.mlp.shared.down
+  model.layers.{i}.mlp.shared_expert_gate           -> layers.{i}.mlp.shared.gate
+""")
+
+# Gated delta layers, and attention with a gate between them. How the projections of the former lie is the family's to say.
+HYBRID_NAMES = (
+    _SHARED_NAMES
+    + QK_NORM_NAMES
+    + table("""
+  model.layers.{i}.self_attn.q_proj           -> layers.{i}.attn.qkv          join q gate k v   holds q gate   interleaved
+  model.layers.{i}.self_attn.{k,v}_proj       -> layers.{i}.attn.qkv          join q gate k v
+  model.layers.{i}.input_layernorm.weight     -> layers.{i}.delta.norm
+  model.layers.{i}.linear_attn.conv1d.weight  -> layers.{i}.delta.conv        holds q k v
+  model.layers.{i}.linear_attn.A_log          -> layers.{i}.delta.log_decay
+  model.layers.{i}.linear_attn.dt_bias        -> layers.{i}.delta.dt_bias
+  model.layers.{i}.linear_attn.norm.weight    -> layers.{i}.delta.out_norm
+  model.layers.{i}.linear_attn.out_proj       -> layers.{i}.delta.out
+  mtp.*                                       -> nothing
+""")
+)
+
 LayerBlocks = Callable[[Build, int], list[Block]]
+
+
+class Computed(NamedTuple):
+    """What a stage makes of a step's rows."""
+
+    rows: torch.Tensor  # the residual, for the next stage; of the last one its columns of the float32 logits [R, V]
+    normed: torch.Tensor | None = None  # [T, H], of the last stage: what its head read of every row
 
 
 class Decoder(nn.Module):
@@ -75,6 +111,7 @@ class Decoder(nn.Module):
                 block.cache = len(self.keeps)
                 self.keeps.append(block.keeps)
         self._attends: dict[int, PagedAttention] = {block.window: block.attend for block in blocks if isinstance(block, Attention)}
+        self._steps: set[DeltaStep] = {block.step for block in blocks if isinstance(block, GatedDeltaNet)}
 
     def plan_attention(self, query_lens: np.ndarray, kv_lens: np.ndarray, page_table: np.ndarray) -> dict[int, Attend]:
         """What `Batch.attention` holds, made once a step. query_lens, kv_lens int32 [B]: rows of each sequence in this step, and
@@ -88,22 +125,28 @@ class Decoder(nn.Module):
         made = {window: attend for window, attend in captured.items() if attend is not None}
         return made if len(made) == len(captured) else None
 
+    def capture_states(self, num_items: int) -> dict[object, CapturedDeltaStep] | None:
+        """Steps of states inside a CUDA graph, by the op, whose `run` stand in Items.plans; None where any cannot be captured."""
+        captured = {step: step.captured(num_items) for step in self._steps}
+        made = {step: each for step, each in captured.items() if each is not None}
+        return made if len(made) == len(captured) else None
+
     @torch.inference_mode()
-    def forward(self, batch: Batch, deal: Deal, rows: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, batch: Batch, deal: Deal, rows: torch.Tensor | None = None) -> Computed:
         """The first stage reads batch.tokens, others take the residual `rows`, laid out as `edge` of the step's regime says. The
-        last stage gives its columns of the float32 logits [R, V] of batch.head_rows, others the residual after the add, again
-        laid out as `edge`; the receiver norms it."""
+        last stage gives logits of batch.head_rows, others the residual after the add, again laid out as `edge`; the receiver norms
+        it."""
         walk = self._walks[deal.regime]
         if self.embed is not None:
             rows = self.embed(batch)
         assert rows is not None, "a later stage takes rows"
         residual = walk.enter(rows, deal)
-        x = None
+        x = normed = None
         for seam, block in walk.blocks:
-            x, residual = seam(x, residual, deal)
-            x = block(x, batch)
+            normed, residual = seam(x, residual, deal)
+            x = block(normed, batch)
         assert x is not None, "a stage has blocks"
-        return x if walk.settle is None else walk.leave(residual + walk.settle(x, deal), deal)
+        return Computed(x, normed) if walk.settle is None else Computed(walk.leave(residual + walk.settle(x, deal), deal))
 
     def num_edge_rows(self, deal: Deal) -> int:
         """Rows that come over an edge to this rank."""

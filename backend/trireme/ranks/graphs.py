@@ -18,7 +18,7 @@ from trireme.core.batch import Batch
 from trireme.core.settings import Settings
 from trireme.core.step import PAGE, Regime
 from trireme.layers.block import PerRequest
-from trireme.models.decoder import Decoder
+from trireme.models.decoder import Computed, Decoder
 from trireme.parallel.deal import Deal
 from trireme.ranks.rows import Rows
 
@@ -71,7 +71,7 @@ class Graphs:
     def __str__(self) -> str:
         return f"{len(self._graphs)} of 1 to {self._sizes[-1]} rows, captured in {self.seconds:.1f} s, {self.num_bytes / (1 << 30):.2f} GiB"
 
-    def run(self, rows: Rows, page_table: np.ndarray, received: torch.Tensor | None) -> torch.Tensor:
+    def run(self, rows: Rows, page_table: np.ndarray, received: torch.Tensor | None) -> Computed:
         """Rows of decodes only; page_table int32 [I, P], of their items -> what the decoder's forward gives. It is overwritten by
         the next run."""
         return self._graphs[bisect_left(self._sizes, len(rows.slots))].run(rows, page_table, received)
@@ -105,7 +105,7 @@ class _Graph:
             attend.plan(one, np.zeros((size, 1), np.int32))
         self._head_rows = torch.arange(size, device=build.device)  # kept, as all that a graph reads
 
-        def forward() -> torch.Tensor:
+        def forward() -> Computed:
             tokens, slots, positions, pages = self._numbers
             batch = Batch(
                 tokens=fill(tokens, slots) if build.first else tokens,
@@ -123,10 +123,9 @@ class _Graph:
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, pool=pool):
             result = forward()
-        self._is_last = build.last
-        self._result = _borrowed(result) if build.last else result
+        self._result = result._replace(rows=_borrowed(result.rows)) if build.last else result
 
-    def run(self, rows: Rows, page_table: np.ndarray, received: torch.Tensor | None) -> torch.Tensor:
+    def run(self, rows: Rows, page_table: np.ndarray, received: torch.Tensor | None) -> Computed:
         num_rows = len(rows.slots)
         host = torch.empty(self._numbers.shape, dtype=torch.int64, pin_memory=True)
         numbers = host.numpy()
@@ -138,7 +137,10 @@ class _Graph:
         if self._edge is not None and received is not None:
             self._edge[:num_rows].copy_(received)
         self._graph.replay()
-        return self._result[:num_rows] if self._is_last else self._result[:num_rows].clone()  # a link may still send the last one
+        result, normed = self._result.rows[:num_rows], self._result.normed
+        if normed is not None:
+            return Computed(result, normed[:num_rows])
+        return Computed(result.clone())  # a link may still send the last one
 
 
 class _Borrowed:

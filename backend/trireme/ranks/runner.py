@@ -176,17 +176,17 @@ class Runner:
         self._states.restore(step.restores)
         stretches = self._prompts.stretches(rows)
         if self._graphs and rows.only_decodes and not stretches:
-            result = self._graphs.run(rows, self._table_of(rows.slots, rows.ends), received)
+            computed = self._graphs.run(rows, self._table_of(rows.slots, rows.ends), received)
         else:
             head_rows = np.concatenate([rows.sampled, *(stretch.rows for stretch in stretches)])
-            result = self._decoder.forward(self._batch(rows, deal, head_rows), deal, received)
+            computed = self._decoder.forward(self._batch(rows, deal, head_rows), deal, received)
         carries, read = None, Outcome
         if self._is_last:
-            logits = CutLogits(result, self._vocab_size, self._along_vocabulary)
+            logits = CutLogits(computed.rows, self._vocab_size, self._along_vocabulary)
             sampled = self._sample(step, rows, logits) if len(rows.sampled) else None
             read = self._describe(sampled, stretches, logits)
         else:
-            carries = self._joined.send(result)
+            carries = self._joined.send(computed.rows)
         self._states.save(step.saves)
         watch.stop()
 
@@ -367,11 +367,11 @@ class Runner:
         rows = lay_out(step, self._page_table)
         deal = Deal(self._decoder.build.plan, self._decoder.build.rank, rows.counts, step.regime, self._device)
         edge = torch.zeros(self._decoder.num_edge_rows(deal), self.hidden, dtype=self.dtype, device=self._device)
-        result = self._decoder.forward(self._batch(rows, deal, rows.sampled), deal, None if self._is_first else edge)
+        computed = self._decoder.forward(self._batch(rows, deal, rows.sampled), deal, None if self._is_first else edge)
         if self._is_last:
             for temperature in (0.0, 1.0):  # whatever is compiled at its first use is compiled before the first request
                 self._sampler.open(Open(0, Sampling(max_tokens=1, temperature=temperature), 1))
-                self._sample(step, rows, CutLogits(result, self._vocab_size, self._along_vocabulary))
+                self._sample(step, rows, CutLogits(computed.rows, self._vocab_size, self._along_vocabulary))
             self._sampler.clear()
 
 
