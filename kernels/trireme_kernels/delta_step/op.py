@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
-IMPLEMENTATIONS = ("reference",)
+IMPLEMENTATIONS = ("tl", "reference")
 
 
 class DeltaStep(Protocol):

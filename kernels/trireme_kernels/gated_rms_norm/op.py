@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-IMPLEMENTATIONS = ("reference",)
+IMPLEMENTATIONS = ("tl", "reference")
 
 
 class GatedRmsNorm(Protocol):
