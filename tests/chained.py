@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
 
 from threads import Boards, on_every_rank
-from trireme.core.batch import Batch
+from trireme.core.batch import Batch, Items
 from trireme.core.step import PAGE, Regime
-from trireme.layers.block import Build
+from trireme.layers.block import Build, PerRequest, PerToken
 from trireme.models.decoder import Decoder
 from trireme.models.registry import build_stage
 from trireme.models.spec import read_spec
@@ -32,16 +33,17 @@ def build_decoder(
 
 
 class Chained:
-    """All stages of a checkpoint with pools of their own. Sequences are numbered; each has `num_pages` pages, scattered."""
+    """All stages of a checkpoint with pools of their own. Sequences are numbered; each has `num_pages` pages, scattered, and where
+    blocks keep states the slot of its number, which may hold `num_held` rows."""
 
-    def __init__(self, model_dir: Path, plan: Plan | Sequence[int], *, num_sequences: int = 4, max_len: int = 256):
+    def __init__(self, model_dir: Path, plan: Plan | Sequence[int], *, num_sequences: int = 4, max_len: int = 256, num_held: int = 0):
         self.plan = plan if isinstance(plan, Plan) else Plan(layer_cut=tuple(plan))
         num_pages = -(-max_len // PAGE)
         shuffled = np.random.default_rng(0).permutation(num_sequences * num_pages).astype(np.int32)
         self._page_table = shuffled.reshape(num_sequences, num_pages)
         self._lens = [0] * num_sequences
         self.decoders: list[list[Decoder]] = []  # [stage][rank]
-        self._caches = []  # states of `num_held` rows for each sequence, whose slot is its number
+        self._caches = []
         self.boards = []
         for stage in range(self.plan.pp):
             boards, decoders = Boards(), [build_decoder(model_dir, self.plan, stage, rank=rank) for rank in range(self.plan.ranks)]
@@ -49,15 +51,32 @@ class Chained:
                 load(decoder, model_dir)
                 decoder.build.collectives.begin(boards.groups(decoder.build.collectives))
             self.decoders.append(decoders)
-            self._caches.append([[keeps.allocate(shuffled.size, torch.device("cpu")) for keeps in each.keeps] for each in decoders])
+
+            def allocate(keeps: PerToken | PerRequest) -> tuple[torch.Tensor, ...]:
+                if isinstance(keeps, PerToken):
+                    return keeps.allocate(shuffled.size, torch.device("cpu"))
+                return keeps.allocate(num_sequences, 0, num_held, torch.device("cpu"))
+
+            self._caches.append([[allocate(keeps) for keeps in each.keeps] for each in decoders])
             self.boards.append(boards)
 
-    def forward(self, new: dict[int, Sequence[int]], *, all_rows: bool = True, regime: Regime = Regime()) -> torch.Tensor:
-        """One step: tokens that each sequence gets. Logits [rows, V] of all of them in order, or of each one's last."""
+    def forward(
+        self,
+        new: dict[int, Sequence[int]],
+        *,
+        all_rows: bool = True,
+        regime: Regime = Regime(),
+        holds: Collection[int] = (),
+        replays: Mapping[int, int] = MappingProxyType({}),
+    ) -> torch.Tensor:
+        """One step: tokens that each sequence gets. Logits [rows, V] of all of them in order, or of each one's last. The tokens of
+        sequences in `holds` may not stand: the next step says how many do, in `replays`."""
+        for sequence, num_rows in replays.items():
+            self._lens[sequence] += num_rows
         counts = np.array([len(tokens) for tokens in new.values()], dtype=np.int32)
         starts = np.array([self._lens[sequence] for sequence in new], dtype=np.int32)
         for sequence, tokens in new.items():
-            self._lens[sequence] += len(tokens)
+            self._lens[sequence] += 0 if sequence in holds else len(tokens)
         tables = self._page_table[list(new)]
         tokens = np.concatenate([np.asarray(each) for each in new.values()])
         positions = np.concatenate([np.arange(start, start + count) for start, count in zip(starts, counts, strict=True)])
@@ -78,6 +97,14 @@ class Chained:
                 shared=Shared([len(rows) for rows in context], torch.from_numpy(pages[np.concatenate(context)])) if regime.cp else None,
                 caches=self._caches[stage][rank],
                 head_rows=head_rows,
+                items=Items(
+                    slots=torch.tensor(list(new)),
+                    fresh=torch.from_numpy(starts == 0),
+                    counts=counts,
+                    replays=np.array([replays.get(sequence, 0) for sequence in new], dtype=np.int32),
+                    holds=np.array([sequence in holds for sequence in new]),
+                    plans={},
+                ),
             )
             if came is not None:
                 assert len(came) == decoder.num_edge_rows(deal)

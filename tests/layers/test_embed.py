@@ -19,7 +19,7 @@ HIDDEN = 12
 
 
 def spec_of(vocab: int) -> Spec:
-    return cast(Spec, SimpleNamespace(vocab_size=vocab, hidden=HIDDEN))
+    return cast(Spec, SimpleNamespace(vocab_size=vocab, hidden=HIDDEN, zero_centred=False))
 
 
 def batch_of(tokens: torch.Tensor, head_rows: torch.Tensor) -> Batch:

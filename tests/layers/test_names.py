@@ -48,7 +48,7 @@ def test_a_tied_checkpoint_feeds_both_ends():
     assert NAMES.find("lm_head.weight") == [Match("head.proj.weight")]
     assert NAMES.find("model.embed_tokens.weight") == [Match("embed.weight")]
     tied = NAMES.tied()
-    assert tied.find("lm_head.weight") == [Match(NOTHING, twin="model.embed_tokens.weight")]
+    assert tied.find("lm_head.weight") == [Match(NOTHING, twins=("model.embed_tokens.weight",))]
     assert tied.find("model.embed_tokens.weight") == [Match("embed.weight"), Match("head.proj.weight")]
 
 

@@ -47,8 +47,9 @@ class Build:
 
     @cached_property
     def cos_sin(self) -> torch.Tensor:
-        """The rotary table of every position that a sequence may reach, float32 [max_position_embeddings, head_dim]."""
-        return cos_sin(self.spec.rope, self.spec.head_dim, self.spec.max_position_embeddings).to(self.device)
+        """The rotary table of every position that a sequence may reach, float32 [max_position_embeddings, R], R the numbers of a
+        head that turn."""
+        return cos_sin(self.spec.rope, self.spec.rotary_dim or self.spec.head_dim, self.spec.max_position_embeddings).to(self.device)
 
     def place(self, axis: str) -> tuple[int, int]:
         """(this rank's number along an axis of the mesh, the axis's size)."""

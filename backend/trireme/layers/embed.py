@@ -9,7 +9,7 @@ from torch import nn
 from trireme.core.batch import Batch
 from trireme.layers.block import Block, Build
 from trireme.layers.linear import Linear
-from trireme.layers.param import Param, vocabulary
+from trireme.layers.param import Param, norm_weight, vocabulary
 from trireme.parallel.layout import SUM, WHOLE, lay
 
 
@@ -18,12 +18,12 @@ class Embed(nn.Module):
 
     gives = lay(tp=SUM)  # a rank knows only its part of the vocabulary
 
-    def __init__(self, build: Build):
+    def __init__(self, build: Build, name: str = "embed", tied: Param | None = None):
         super().__init__()
         spec = build.spec
-        self.name = "embed"
+        self.name = name
         cut = vocabulary("tp", spec.vocab_size)
-        self.weight = Param(build, (spec.vocab_size, spec.hidden), cut)
+        self.weight = Param(build, (spec.vocab_size, spec.hidden), cut) if tied is None else tied
         self._own = cut.parts[0].share(*build.place("tp"))  # tokens
         self._has_all = len(self._own) == spec.vocab_size
 
@@ -46,12 +46,15 @@ class Head(Block):
     def __init__(self, build: Build, tied: Param | None):
         super().__init__("head")
         spec = build.spec
-        self.norm = Param(build, (spec.hidden,))
+        self.norm = norm_weight(build, spec.hidden)
         self.proj = Linear(build, spec.vocab_size, spec.hidden, vocabulary("tp", spec.vocab_size), tied=tied)
         self._num_logits = self.proj.weight.shape[0]
 
     def forward(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
-        rows = x.index_select(0, batch.head_rows)
+        return self.logits(x.index_select(0, batch.head_rows))
+
+    def logits(self, rows: torch.Tensor) -> torch.Tensor:
+        """Of normed rows [R, H]."""
         if len(rows) == 0:  # a prefill chunk that asks nothing must not read the whole head
             return rows.new_empty((0, self._num_logits), dtype=torch.float32)
         return self.proj(rows).float()

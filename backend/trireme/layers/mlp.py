@@ -7,7 +7,7 @@ import torch
 from trireme.core.batch import Batch
 from trireme.layers.block import Block, Build
 from trireme.layers.linear import Linear
-from trireme.layers.param import Param, by_columns, by_rows
+from trireme.layers.param import by_columns, by_rows, norm_weight
 from trireme.parallel.layout import SUM, lay
 
 
@@ -19,7 +19,7 @@ class GatedMlp(Block):
     def __init__(self, build: Build, layer: int, *, bias: bool = False):
         super().__init__(f"layers.{layer}.mlp")
         hidden, intermediate = build.spec.hidden, build.spec.intermediate
-        self.norm = Param(build, (hidden,))
+        self.norm = norm_weight(build, hidden)
         self.gate_up = Linear(build, 2 * intermediate, hidden, by_columns("tp", intermediate, intermediate), bias=bias)
         self.down = Linear(build, hidden, intermediate, by_rows("tp", intermediate), bias=bias)
         self.silu_mul = build.choices("silu_mul", intermediate=intermediate)

@@ -11,7 +11,7 @@ from trireme.core.batch import Batch
 from trireme.core.step import Regime
 from trireme.layers.block import Block, Build
 from trireme.layers.linear import Linear
-from trireme.layers.param import Param, by_columns, by_rows, by_slots
+from trireme.layers.param import Param, by_columns, by_rows, by_slots, norm_weight
 from trireme.parallel.experts import make_strategy
 from trireme.parallel.placement import Placement
 
@@ -23,7 +23,7 @@ class Moe(Block):
         super().__init__(f"layers.{layer}.mlp")
         spec = build.spec
         hidden, num_experts, width = spec.hidden, spec.num_experts, spec.moe_intermediate
-        self.norm = Param(build, (hidden,))
+        self.norm = norm_weight(build, hidden)
         self.router = Linear(build, num_experts, hidden)
         slots = by_slots("ep", num_experts)
         self.gate_up = Param(build, (num_experts, 2 * width, hidden), slots, by_columns("moe_tp", width, width, dim=1))

@@ -3,17 +3,19 @@
     model.layers.{i}.self_attn.{q,k,v}_proj                   -> layers.{i}.attn.qkv      join q k v
     model.layers.{i}.mlp.experts.{e}.{gate,up}_proj.weight    -> layers.{i}.mlp.gate_up   join gate up   stack e
     model.layers.{i}.mlp.experts.gate_up_proj                 -> layers.{i}.mlp.gate_up   holds gate up
+    model.layers.{i}.linear_attn.in_proj_ba                   -> layers.{i}.delta.proj    join q k v z b a   holds b a   interleaved
     lm_head                                                   -> head.proj                tie model.embed_tokens
     *.rotary_emb.inv_freq                                     -> nothing
 
 A line is `pattern -> target`, and a pattern names a tensor, or a module whose `.weight` and `.bias` follow it to the target.
 `{i}` is a layer's number, `{e}` an expert's, `{a,b}` one of several words, `*` anything. What may follow the target:
 
-join a b    the pattern's words in the order in which their rows stand in the parameter; each tensor is one of them
-holds a b   the tensor has all of these already, in that order
+join a b    the parameter's parts, in the order in which their rows stand in it; the tensor is the one that is the pattern's word
+holds a b   the tensor has these parts already, in that order; without `join` they are all that there are
+interleaved their units (heads) alternate in the tensor: the first unit of each part, then the second of each, and so on
 stack e     each expert has a tensor, which fills its place along the parameter's first dim
 tie m       the module whose tensors are read instead from checkpoints with tied embeddings; should such a checkpoint have
-            this one all the same, they must be equal
+            this one all the same, they must be equal. Of several names it has the one that the checkpoint has
 
 `nothing` passes a tensor over: it is computed here, or not needed.
 """
@@ -21,12 +23,12 @@ tie m       the module whose tensors are read instead from checkpoints with tied
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
 NOTHING = "nothing"
-_CLAUSES = ("join", "holds", "stack", "tie")
+_CLAUSES = ("join", "holds", "interleaved", "stack", "tie")
 
 
 class Match(NamedTuple):
@@ -36,7 +38,8 @@ class Match(NamedTuple):
     parts: tuple[int, ...] = (0,)  # of the parameter, that the tensor has
     expert: int | None = None  # whose tensor it is; None: of all, or of none
     layer: int | None = None
-    twin: str | None = None  # with NOTHING: the tensor that it must equal
+    twins: tuple[str, ...] = ()  # with NOTHING: the tensor that it must equal, by each name that it may have
+    interleaved: bool = False  # units of the parts alternate
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,8 @@ class Rule:
     clauses: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
-    def tie(self) -> str | None:
-        return self.clauses["tie"][0] if "tie" in self.clauses else None
+    def ties(self) -> tuple[str, ...]:
+        return self.clauses.get("tie", ())
 
     def match(self, name: str) -> Match | None:
         found = self._regex.fullmatch(name)
@@ -57,19 +60,22 @@ class Rule:
             return None
         groups = found.groupdict()
         if self.target == NOTHING:
-            return Match(NOTHING, twin=self.tie and self.tie + (groups["leaf"] or ""))
+            return Match(NOTHING, twins=tuple(tie + (groups["leaf"] or "") for tie in self.ties))
         layer, expert = groups.get("i"), groups.get("e")
         return Match(
             target=self.target.replace("{i}", layer or "") + (groups["leaf"] or ""),
             parts=self._parts(groups.get("word")),
             expert=int(expert) if expert is not None else None,
             layer=int(layer) if layer is not None else None,
+            interleaved="interleaved" in self.clauses,
         )
 
     def _parts(self, word: str | None) -> tuple[int, ...]:
-        if "join" in self.clauses and word is not None:
-            return (self.clauses["join"].index(word),)
-        return tuple(range(len(self.clauses["holds"]))) if "holds" in self.clauses else (0,)
+        held = self.clauses.get("holds", ())
+        every = self.clauses.get("join", held)
+        if held:
+            return tuple(every.index(part) for part in held)
+        return (every.index(word),) if every and word is not None else (0,)
 
     @cached_property
     def _regex(self) -> re.Pattern[str]:
@@ -95,13 +101,23 @@ class Names:
     def __add__(self, other: Names) -> Names:
         return Names(self.rules + other.rules)
 
+    def nested(self, prefix: str, inside: str) -> Names:
+        """The table of checkpoints of the model alone, and of those that have it inside a larger one: their names begin with
+        `inside` where its own begin with `prefix`."""
+        rules = []
+        for rule in self.rules:
+            ties = tuple(name for tie in rule.ties for name in (tie, tie.replace(prefix, inside, 1)))
+            rules.append(replace(rule, clauses={**rule.clauses, "tie": ties}) if ties else rule)
+            if rule.pattern.startswith(prefix):
+                rules.append(replace(rule, pattern=rule.pattern.replace(prefix, inside, 1)))
+        return Names(tuple(rules))
+
     def tied(self) -> Names:
         """The table of a checkpoint whose embeddings are tied: what `tie` names feeds both targets."""
         rules = []
         for rule in self.rules:
-            rules.append(rule if rule.tie is None else Rule(rule.pattern, NOTHING, rule.clauses))
-            if rule.tie is not None:
-                rules.append(Rule(rule.tie, rule.target))
+            rules.append(Rule(rule.pattern, NOTHING, rule.clauses) if rule.ties else rule)
+            rules += [Rule(tie, rule.target) for tie in rule.ties]
         return Names(tuple(rules))
 
     def find(self, name: str) -> list[Match]:

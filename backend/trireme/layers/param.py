@@ -56,10 +56,16 @@ class Cut:
     stacked: bool = False  # rows along the dim are experts, and a checkpoint may have a tensor for each
 
 
-def by_heads(axis: str, num_heads: int, num_kv_heads: int, head_dim: int) -> Cut:
-    """Query, key and value rows joined; key/value heads are copied where ranks outnumber them."""
+def by_heads(axis: str, num_heads: int, num_kv_heads: int, head_dim: int, *, gated: bool = False) -> Cut:
+    """Query, key and value rows joined, behind the queries their gates where they have any; key/value heads are copied where
+    ranks outnumber them."""
     kv = Part(num_kv_heads, head_dim, copied=True)
-    return Cut((Part(num_heads, head_dim), kv, kv), axis)
+    return Cut((Part(num_heads, head_dim),) * (1 + gated) + (kv, kv), axis)
+
+
+def by_groups(axis: str, num_groups: int, *units: int) -> Cut:
+    """Parts joined that all have a unit of each group, such as of a key head and the value heads that it serves."""
+    return Cut(tuple(Part(num_groups, unit) for unit in units), axis)
 
 
 def by_columns(axis: str | None, *sizes: int, dim: int = 0) -> Cut:
@@ -96,7 +102,8 @@ class Piece(NamedTuple):
 
 
 class Param(nn.Parameter):
-    """A rank's share of a weight, empty until loaded. `whole` is the shape that all ranks' shares make up.
+    """A rank's share of a weight, empty until filled. `whole` is the shape that all ranks' shares make up; `plus` is added to what
+    a checkpoint has.
 
     Each cut is of another dim, and at most one of them joins several parts. Experts' gates and ups, two ranks along ep and two
     along moe_tp, as the last of both has them:
@@ -113,12 +120,12 @@ class Param(nn.Parameter):
     Scales of block-quantised weights will be a Param beside their weight, with the same cuts in units of blocks.
     """
 
-    def __new__(cls, build: Build, shape: tuple[int, ...], *cuts: Cut):
+    def __new__(cls, build: Build, shape: tuple[int, ...], *cuts: Cut, dtype: torch.dtype | None = None, plus: float = 0.0):
         local = [sum(map(len, _shares(build, cut))) for cut in _every(shape, cuts)]
-        return super().__new__(cls, torch.empty(local, dtype=build.dtype, device=build.device), requires_grad=False)
+        return super().__new__(cls, torch.empty(local, dtype=dtype or build.dtype, device=build.device), requires_grad=False)
 
-    def __init__(self, build: Build, shape: tuple[int, ...], *cuts: Cut):
-        self.whole = shape
+    def __init__(self, build: Build, shape: tuple[int, ...], *cuts: Cut, dtype: torch.dtype | None = None, plus: float = 0.0):
+        self.whole, self.plus = shape, plus
         self.cuts = _every(shape, cuts)
         self._shares = [_shares(build, cut) for cut in self.cuts]
         self._joined = next((cut.dim for cut in self.cuts if len(cut.parts) > 1), len(shape) - 1)
@@ -143,8 +150,24 @@ class Param(nn.Parameter):
         shape[self._joined] = sum(self.cuts[self._joined].parts[part].whole for part in parts)
         return tuple(shape if expert is None else shape[1:])
 
-    def pieces(self, parts: tuple[int, ...], expert: int | None = None) -> list[Piece]:
-        """What this rank takes of such a tensor, part by part."""
+    def fill(self, piece: Piece, run: torch.Tensor) -> int:
+        """Take a run of a checkpoint tensor to where a piece says; the bytes that it fills here."""
+        target = self.data[piece.target]
+        target.copy_(run)
+        if self.plus:
+            target.add_(self.plus)
+        return target.nbytes
+
+    def pieces(self, parts: tuple[int, ...], expert: int | None = None, *, interleaved: bool = False) -> list[Piece]:
+        """What this rank takes of such a tensor, part by part. In an interleaved one units of the parts alternate, and each unit
+        is a piece."""
+        assert expert is None or not interleaved, "experts' tensors are joined part by part"
+        found = []
+        for part, piece in zip(parts, self._part_by_part(parts, expert), strict=True):
+            found += self._unit_by_unit(piece, parts, part) if interleaved else [piece]
+        return found
+
+    def _part_by_part(self, parts: tuple[int, ...], expert: int | None) -> list[Piece]:
         found, before = [], 0  # rows of the tensor that earlier parts have
         for part in parts:
             source, target = [], []
@@ -160,6 +183,28 @@ class Param(nn.Parameter):
             found.append(Piece(tuple(source), tuple(target)))
             before += self.cuts[self._joined].parts[part].whole
         return found
+
+    def _unit_by_unit(self, piece: Piece, parts: tuple[int, ...], part: int) -> list[Piece]:
+        """A part's piece of a tensor in which all parts' first units come first, then their second ones, and so on."""
+        every, dim = self.cuts[self._joined].parts, self._joined
+        assert len({every[each].num_units for each in parts}) == 1, f"parts without a unit each: {every}"
+        unit, group = every[part].unit, sum(every[each].unit for each in parts)
+        ahead = sum(every[each].unit for each in parts[: parts.index(part)])  # rows of a group that earlier parts have
+        units, start = self._shares[dim][part][::unit], piece.target[dim].start
+        found = []
+        for number, first in enumerate(units):
+            source, target = list(piece.source), list(piece.target)
+            row = first // unit * group + ahead
+            source[dim] = slice(row, row + unit)
+            target[dim] = slice(start + number * unit, start + (number + 1) * unit)
+            found.append(Piece(tuple(source), tuple(target)))
+        return found
+
+
+def norm_weight(build: Build, size: int) -> Param:
+    """Of an RMS norm. A zero-centred one multiplies by 1 + weight, which is kept as one float32 number: rounded to bfloat16 the
+    sum would lose most of the weight."""
+    return Param(build, (size,), dtype=torch.float32, plus=1.0) if build.spec.zero_centred else Param(build, (size,))
 
 
 def _every(shape: tuple[int, ...], cuts: tuple[Cut, ...]) -> tuple[Cut, ...]:

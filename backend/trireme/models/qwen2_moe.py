@@ -6,18 +6,9 @@ from trireme.layers.attention import Attention
 from trireme.layers.block import Block, Build
 from trireme.layers.mlp import GatedMlp
 from trireme.layers.moe import Moe
-from trireme.layers.names import table
-from trireme.models.decoder import DENSE_NAMES, EXPERT_NAMES
+from trireme.models.decoder import DENSE_NAMES, EXPERT_NAMES, SHARED_EXPERT_NAMES
 
-NAMES = (
-    DENSE_NAMES
-    + EXPERT_NAMES
-    + table("""
-  model.layers.{i}.mlp.shared_expert.{gate,up}_proj -> layers.{i}.mlp.shared.gate_up   join gate up
-  model.layers.{i}.mlp.shared_expert.down_proj      -> layers.{i}.mlp.shared.down
-  model.layers.{i}.mlp.shared_expert_gate           -> layers.{i}.mlp.shared.gate
-""")
-)
+NAMES = DENSE_NAMES + EXPERT_NAMES + SHARED_EXPERT_NAMES
 
 
 def blocks(build: Build, layer: int) -> list[Block]:

@@ -40,14 +40,14 @@ def load(decoder: Decoder, model_dir: str | Path, progress: Progress | None = No
     with Checkpoint(model_dir) as checkpoint:
         sorting = sort(checkpoint.tensors, decoder, decoder.build.spec.num_layers)
         _refuse_other_twins(checkpoint, sorting)
-        pieces = [(use, piece) for use in sorting.uses for piece in params[use.target].pieces(use.parts, use.expert)]
+        pieces = [
+            (use, piece) for use in sorting.uses for piece in params[use.target].pieces(use.parts, use.expert, interleaved=use.interleaved)
+        ]
         to_read = sum(checkpoint.tensors[use.tensor].bytes_of(piece.source) for use, piece in pieces)
         filled, read_bytes = Counter(), 0
         for use, piece in pieces:
             run = checkpoint.read(use.tensor, piece.source)
-            target = params[use.target].data[piece.target]
-            target.copy_(run)
-            filled[use.target] += target.nbytes
+            filled[use.target] += params[use.target].fill(piece, run)
             read_bytes += run.nbytes
             if progress is not None:
                 progress(read_bytes, to_read)
@@ -93,12 +93,12 @@ def fill_dummy(decoder: Decoder, seed: int = 0) -> Manifest:
     for name, param in decoder.params():
         for part, expert in param.cells():
             if param.dim() == 1 and name.endswith("norm"):
-                whole = torch.ones(param.shape, device=param.device)
+                whole = torch.full(param.shape, 1.0 - param.plus, device=param.device)
             else:
                 noise = torch.Generator(param.device).manual_seed(zlib.crc32(f"{_origin(decoder, name)} {part} {expert}".encode(), seed))
                 whole = torch.empty(param.tensor_shape((part,), expert), device=param.device).normal_(0.0, 0.02, generator=noise)
             [piece] = param.pieces((part,), expert)
-            param.data[piece.target].copy_(whole[piece.source])
+            param.fill(piece, whole[piece.source])
         num_bytes += param.nbytes
     decoder.prepare()
     return Manifest(0, 0, 0, 0, 0, num_bytes)

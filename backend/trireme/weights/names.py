@@ -22,6 +22,7 @@ class Use(NamedTuple):
     target: str
     parts: tuple[int, ...]
     expert: int | None
+    interleaved: bool
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def sort(tensors: Mapping[str, Stored], decoder: Decoder, num_layers: int) -> So
     elsewhere, dropped, twins, left_over = [], [], [], []
     for name in tensors:
         matches = decoder.names.find(name)
-        here = [Use(name, match.target, match.parts, match.expert) for match in matches if _is_here(match, params)]
+        here = [Use(name, match.target, match.parts, match.expert, match.interleaved) for match in matches if _is_here(match, params)]
         uses += here
         if here:
             continue
@@ -53,7 +54,7 @@ def sort(tensors: Mapping[str, Stored], decoder: Decoder, num_layers: int) -> So
             elsewhere.append(name)
         elif any(match.target == NOTHING for match in matches):
             dropped.append(name)
-            twins += [(name, match.twin) for match in matches if match.twin in tensors]
+            twins += [(name, twin) for match in matches for twin in match.twins if twin in tensors]
         else:
             left_over.append(name)
     _refuse_left_over(left_over)
@@ -68,13 +69,14 @@ def _is_here(match: Match, params: Mapping[str, Param]) -> bool:
 
 
 def _is_elsewhere(match: Match, params: Mapping[str, Param], blocks: tuple[str, ...], num_layers: int) -> bool:
-    """Whether another rank or another stage has it. A tensor of a block that is here, but of no parameter, is nobody's; so is
+    """Whether another rank or another stage has it. A tensor of a layer that is here, but of no parameter, is nobody's; so is
     one of a layer or an expert beyond the model's."""
     if match.target == NOTHING or (match.layer is not None and match.layer >= num_layers):
         return False
     if match.target in params:
         return match.expert is not None and match.expert < params[match.target].whole[0]
-    return not any(match.target.startswith(f"{block}.") for block in blocks)
+    near = match.target.partition(".")[0] if match.layer is None else f"layers.{match.layer}"
+    return not any(f"{block}.".startswith(f"{near}.") for block in blocks)
 
 
 def _refuse_left_over(names: list[str]) -> None:
