@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ranks.by_hand import ByHand, Item
+from ranks.by_hand import NUM_SLOTS, ByHand, Item
 from tiny import greedy_tokens, prompt_logits, random_prompts, tiny_checkpoint
 from trireme.core.step import PAGE, accepted, array
 
@@ -123,7 +123,9 @@ def test_a_sequence_goes_on_from_a_snapshot(model, greedy, pp):
     assert [list(each) for each in zip(*found, strict=True)] == [greedy[2], greedy[3]]
 
 
-def test_a_stage_has_room_for_snapshots_where_it_keeps_states(model):
-    stages = ByHand(model, pipeline_parallel_size=2, layer_cut=[2, 2])
+def test_a_stage_says_what_it_has_room_for(model):
+    """The first of a hybrid model's stages has no attention here, the last no states."""
+    first, last = ByHand(model, pipeline_parallel_size=2, layer_cut=[2, 2], num_pages=None).runners
     hybrid = "linear_attention" in (model / "config.json").read_text()
-    assert [runner.num_snapshots for runner in stages.runners] == [4 if hybrid else None] * 2
+    assert (first.num_snapshots, last.num_snapshots) == (NUM_SLOTS if hybrid else None, None)
+    assert (first.num_pages > last.num_pages) == hybrid
