@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from trireme.core.batch import Batch
+from trireme.core.batch import Batch, Items
 from trireme.core.settings import Settings
 from trireme.core.step import PAGE, Regime
-from trireme.layers.block import PerRequest
 from trireme.models.decoder import Computed, Decoder
 from trireme.parallel.deal import Deal
 from trireme.ranks.rows import Rows
@@ -41,15 +40,16 @@ def why_none(settings: Settings, decoder: Decoder, device: torch.device) -> str 
         return "its collectives belong to an epoch"
     if decoder.build.spec.num_experts and settings.experts == "dispatched":
         return "the host must know how many rows are dispatched"
-    if any(isinstance(keep, PerRequest) for keep in decoder.keeps):
-        return "its layers' states are not captured"
     if decoder.capture_attention(1, 1) is None:
         return "its attention cannot be captured"
+    if decoder.capture_states(1) is None:
+        return "its states cannot be captured"
     return None
 
 
 class Graphs:
-    """Steps in which every sequence decodes one token. Rows that fill up a bucket write to a page that nobody reads."""
+    """Steps in which every sequence decodes one token, also after drafts that stand. Rows that fill up a bucket write to a page that
+    nobody reads, and change no states."""
 
     def __init__(
         self,
@@ -99,10 +99,12 @@ class _Graph:
             None if build.first else torch.zeros(decoder.num_edge_rows(deal), build.spec.hidden, dtype=build.dtype, device=build.device)
         )
         attends = decoder.capture_attention(size, max_pages)
-        assert attends is not None, "asked before"
-        self._attends = attends
+        advances = decoder.capture_states(size)
+        assert attends is not None and advances is not None, "asked before"
+        self._attends, self._advances = attends, advances
         for attend in attends.values():
             attend.plan(one, np.zeros((size, 1), np.int32))
+        zero = np.zeros(size, np.int32)
         self._head_rows = torch.arange(size, device=build.device)  # kept, as all that a graph reads
 
         def forward() -> Computed:
@@ -115,6 +117,7 @@ class _Graph:
                 shared=None,
                 caches=caches,
                 head_rows=self._head_rows,
+                items=Items(slots, positions == 0, one, zero, zero > 0, {op: advance.run for op, advance in advances.items()}),
             )
             return decoder.forward(batch, deal, self._edge)
 
@@ -134,6 +137,8 @@ class _Graph:
         self._numbers.copy_(host, non_blocking=True)
         for attend in self._attends.values():
             attend.plan(rows.ends, page_table)
+        for advance in self._advances.values():
+            advance.plan(rows.counts, rows.replays, rows.holds)
         if self._edge is not None and received is not None:
             self._edge[:num_rows].copy_(received)
         self._graph.replay()
