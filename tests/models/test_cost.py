@@ -11,9 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parallel.test_plan import SPEC
-from tiny import FAMILIES, MOE_FAMILIES, tiny_config
-from trireme.layers.block import Build, PerToken
-from trireme.models.cost import activation_bytes, balance, cut_layers, kv_bytes_per_token, rank_param_bytes, touched
+from real_configs import QWEN3_5_35B
+from tiny import FAMILIES, HYBRID_FAMILIES, MOE_FAMILIES, tiny_config
+from trireme.layers.block import Build, PerRequest, PerToken
+from trireme.models.cost import (
+    activation_bytes,
+    balance,
+    cut_layers,
+    held_bytes,
+    kv_bytes_per_token,
+    rank_param_bytes,
+    state_bytes,
+    touched,
+)
 from trireme.models.decoder import Decoder
 from trireme.models.registry import build_stage
 from trireme.models.spec import Spec, make_spec
@@ -52,20 +62,24 @@ def spec_of(family: str, **overrides: Any) -> Spec:
     return make_spec(tiny_config(family, **overrides).to_dict())
 
 
-def empty_stage(spec: Spec, plan: Plan, stage: int, rank: int) -> Decoder:
+def empty_stage(spec: Spec, plan: Plan, stage: int, rank: int, dtype: torch.dtype = torch.float32) -> Decoder:
     """Described, not allocated."""
     device = torch.device("meta")
-    return build_stage(Build(spec, plan, stage, device, torch.float32, Choices("cpu", torch.float32), rank=rank))
+    return build_stage(Build(spec, plan, stage, device, dtype, Choices("cpu", dtype), rank=rank))
 
 
-def check_bytes(spec: Spec, plan: Plan) -> None:
+def check_bytes(spec: Spec, plan: Plan, dtype: torch.dtype = torch.float32) -> None:
     for stage in range(plan.pp):
         for rank in range(plan.ranks):
-            decoder = empty_stage(spec, plan, stage, rank)
+            decoder, sizes = empty_stage(spec, plan, stage, rank, dtype), (spec, plan, stage)
             allocated = sum(param.nbytes for _, param in decoder.params())
-            assert allocated == rank_param_bytes(spec, plan, stage, rank, 4), f"{plan}, stage {stage}, rank {rank}"
-            kept = [keeps.bytes_per_page // 16 for keeps in decoder.keeps if isinstance(keeps, PerToken)]
-            assert sum(kept) == kv_bytes_per_token(spec, plan, stage, 4)
+            assert allocated == rank_param_bytes(*sizes, rank, dtype.itemsize), f"{plan}, stage {stage}, rank {rank}"
+            pages = [keeps.bytes_per_page // 16 for keeps in decoder.keeps if isinstance(keeps, PerToken)]
+            states = [keeps for keeps in decoder.keeps if isinstance(keeps, PerRequest)]
+            assert sum(pages) == kv_bytes_per_token(*sizes, dtype.itemsize)
+            assert sum(keeps.bytes_per_state for keeps in states) == state_bytes(*sizes, dtype.itemsize)
+            held = sum(keeps.bytes_held(1 + plan.mtp) for keeps in states) if plan.mtp else 0
+            assert held == held_bytes(*sizes, dtype.itemsize)
 
 
 @pytest.mark.parametrize("plan", DENSE, ids=str)
@@ -84,6 +98,41 @@ def test_ranks_with_experts_hold_the_bytes_that_the_model_says(family: str, shar
     sizes = {"intermediate_size": 90, "moe_intermediate_size": 24}
     more = {"shared_expert_intermediate_size": shared} if family == "qwen2_moe" else {}
     check_bytes(spec_of(family, **sizes, **more), Plan(**plan))
+
+
+@pytest.mark.parametrize("plan", DENSE + MIXED, ids=str)
+@pytest.mark.parametrize("family", HYBRID_FAMILIES)
+@pytest.mark.parametrize(("tied", "dtype"), [(False, torch.bfloat16), (True, torch.float32)])
+def test_hybrid_ranks_hold_the_bytes_that_the_model_says(family: str, tied: bool, dtype: torch.dtype, plan: dict):
+    """In bfloat16 some of them are float32. Of (1, 3, 1) layers the first stage has no attention, and the last no delta rule."""
+    if family == "qwen3_5" and plan in MIXED:
+        pytest.skip("it is dense")
+    sizes = {"intermediate_size": 90, "moe_intermediate_size": 24, "linear_num_key_heads": 6, "linear_num_value_heads": 12}
+    spec = spec_of(family, tie_word_embeddings=tied, **sizes)
+    assert [spec.linear[layer] for layer in (0, 4)] == [True, False]
+    check_bytes(spec, Plan(**plan), dtype)
+
+
+def test_each_of_two_stages_has_half_of_35b():
+    """Issue 6: at most 35.5e9 bytes of weights on each of two GPUs, and 37.5e9 with the head that drafts."""
+    spec = make_spec(QWEN3_5_35B)
+    for mtp, most, wanted in ((0, 35.5e9, [34_660_779_520, 34_660_787_712]), (3, 37.5e9, [36_346_189_824, 35_681_799_168])):
+        plan = Plan(layer_cut=tuple(cut_layers(spec, 2, mtp=mtp > 0)), mtp=mtp)
+        held = [rank_param_bytes(spec, plan, stage, 0, 2) for stage in range(2)]
+        assert held == wanted and max(held) <= most
+        assert sum(state_bytes(spec, plan, stage, 2) for stage in range(2)) == 30 * (3 * 8192 * 2 + 32 * 128 * 128 * 4)
+
+
+def test_states_weigh_on_a_cut():
+    """Two layers of attention, then two whose states each row reads and writes: those of a few rows weigh nothing."""
+    kinds = ["full_attention"] * 2 + ["linear_attention"] * 2
+    spec = spec_of("qwen3_5", layer_types=kinds, num_hidden_layers=4, linear_key_head_dim=16, linear_value_head_dim=16, vocab_size=8)
+    assert cut_layers(spec, 2, rows=1) == [2, 2]
+    assert cut_layers(spec, 2, rows=100) == [3, 1]
+
+
+def test_a_head_that_drafts_weighs_on_the_last_stage():
+    assert [cut_layers(make_spec(QWEN3_5_35B), 2, mtp=mtp) for mtp in (False, True)] == [[20, 20], [21, 19]]
 
 
 def test_the_head_weighs_on_the_last_stage():

@@ -38,10 +38,11 @@ class Shares(NamedTuple):
         return max(1, spec.num_kv_heads // self.heads)
 
     def delta(self, spec: Spec) -> Delta:
-        """Sizes of a rank's share of a delta layer; where ranks outnumber key heads, a copy of one."""
-        assert spec.delta is not None, f"{spec.family} has no delta layers"
-        key_heads, value_heads = max(1, spec.delta.num_key_heads // self.heads), spec.delta.num_value_heads // self.heads
-        return replace(spec.delta, num_key_heads=key_heads, num_value_heads=value_heads)
+        """Sizes of a rank's share of a delta layer."""
+        whole = spec.delta
+        assert whole is not None, f"{spec.family} has no delta layers"
+        heads = whole.num_key_heads // self.heads, whole.num_value_heads // self.heads
+        return replace(whole, num_key_heads=heads[0], num_value_heads=heads[1])
 
 
 ALONE = Shares()

@@ -112,10 +112,16 @@ class Plan:
         """Refusal where a checkpoint's heads, columns or experts do not fall into as many parts as there are ranks."""
         tp = self.tp
         _divides("tp", tp, spec.num_heads, "query heads", "each rank needs whole heads")
-        _divides_or_copies(tp, spec.num_kv_heads, "key/value heads", of=spec.num_heads)
+        kv_heads = spec.num_kv_heads
+        if kv_heads % tp and tp % kv_heads:
+            raise Refusal(
+                f"tp={tp} does not divide {kv_heads} key/value heads, nor do they divide tp",
+                why="each rank needs whole heads, or a whole copy of one",
+                fix=f"use tp={_nearest(tp, spec.num_heads, lambda size: not (kv_heads % size and size % kv_heads))}",
+            )
         if spec.delta is not None:
-            _divides("tp", tp, spec.delta.num_value_heads, "value heads of the delta rule", "each rank needs whole heads")
-            _divides_or_copies(tp, spec.delta.num_key_heads, "key heads of the delta rule", of=spec.delta.num_value_heads)
+            why = "each rank needs whole heads, with all value heads that they serve"
+            _divides("tp", tp, spec.delta.num_key_heads, "key heads of the delta rule", why)
         if not all(spec.sparse):
             _divides("tp", tp, spec.intermediate, "columns of the MLP", "each rank has equally many")
         if any(spec.sparse):
@@ -138,16 +144,6 @@ class Plan:
 def _divides(axis: str, size: int, num: int, what: str, why: str) -> None:
     if num % size:
         raise Refusal(f"{axis}={size} does not divide {num} {what}", why=why, fix=f"use {axis}={_nearest(size, num)}")
-
-
-def _divides_or_copies(tp: int, num: int, what: str, of: int) -> None:
-    """Of heads that several of `of` others share: ranks that outnumber them have a copy each."""
-    if num % tp and tp % num:
-        raise Refusal(
-            f"tp={tp} does not divide {num} {what}, nor do they divide tp",
-            why="each rank needs whole heads, or a whole copy of one",
-            fix=f"use tp={_nearest(tp, of, lambda size: not (num % size and size % num))}",
-        )
 
 
 def _nearest(size: int, num: int, legal=lambda size: True) -> int:
