@@ -28,9 +28,11 @@ from trireme_tools.workload import Ask, make_workload
 def running(settings: Settings, launcher: Launcher | None = None) -> Iterator[Engine]:
     """An engine whose stages are ready. Refusal where they do not get ready. Nothing is left at the end but what `launcher` keeps."""
     os.environ.setdefault("TRIREME_LOG", "WARNING")  # of this process and the ranks: the verbs say themselves what there is to say
-    max_model_len = settings.max_model_len or read_spec(Path(settings.model)).max_position_embeddings
+    spec = read_spec(Path(settings.model))
+    max_model_len = settings.max_model_len or spec.max_position_embeddings
+    num_drafts = settings.mtp.num_drafts(spec.num_mtp_layers)
     stages = LocalStages(settings, run_folder(os.getpid()), launcher)
-    engine = Engine(settings, max_model_len=max_model_len, stages=stages)
+    engine = Engine(settings, max_model_len=max_model_len, stages=stages, num_drafts=num_drafts)
     stages.start()
     engine.start()
     try:

@@ -21,9 +21,15 @@ class Mtp(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_
     max_batch_size: int = 32  # running sequences above which none are drafted, since they cost more than they bring
 
     def num_drafts(self, num_layers: int) -> int:
-        """Drafts of a sequence at the most, by a head of so many layers: 0 where the checkpoint has none."""
-        most = 3 if self.num_tokens is None else self.num_tokens
-        return most if num_layers else 0
+        """Drafts of a sequence at the most, by a head of so many layers: 0 where the checkpoint has none. Refusal where drafts were
+        asked for all the same."""
+        if self.num_tokens and not num_layers:
+            raise Refusal(
+                f"mtp asks for {self.num_tokens} drafts, and the checkpoint has no head to make them",
+                why="its config.json names no mtp layers, or its files hold none",
+                fix="leave mtp out, or use a checkpoint that was saved with its head",
+            )
+        return (3 if self.num_tokens is None else self.num_tokens) if num_layers else 0
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -105,7 +111,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, fo
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """What the scheduler may do: Settings resolved against the checkpoint (max_model_len) and the stages (num_pages)."""
+    """What the scheduler may do: Settings resolved against the checkpoint (max_model_len, num_drafts) and the stages (num_pages,
+    num_snapshots)."""
 
     max_model_len: int
     num_pages: int
@@ -125,7 +132,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     max_drafting: int = 32  # running sequences above which none are drafted
 
     @classmethod
-    def of(cls, settings: Settings, *, max_model_len: int, num_pages: int) -> Limits:
+    def of(cls, settings: Settings, *, max_model_len: int, num_pages: int, num_snapshots: int | None = None, num_drafts: int = 0) -> Limits:
         """Raises Refusal where the pages cannot hold one sequence of max_model_len."""
         if num_pages * PAGE < max_model_len:
             raise Refusal(
@@ -146,6 +153,10 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
             fed_back=settings.fed_back,
             sp_from=settings.sp_from,
             cp=settings.context_parallel_size,
+            num_snapshots=num_snapshots,
+            num_drafts=num_drafts,
+            adaptive_drafts=settings.mtp.adaptive,
+            max_drafting=settings.mtp.max_batch_size,
         )
 
 
@@ -191,6 +202,12 @@ def make_settings(values: dict[str, Any]) -> Settings:
         value = getattr(settings, name)
         if value is not None and value < least:
             raise Refusal(f"{name}={value} is too small", why=f"it must be at least {least}", fix=f"set {name}={least} or more")
+    if not 0 <= (settings.mtp.num_tokens or 0) < PAGE:
+        raise Refusal(
+            f"mtp asks for {settings.mtp.num_tokens} drafts",
+            why=f"a token and its drafts are at most a page of {PAGE}",
+            fix="set mtp.num_tokens from 0 (off) to 4: more are hardly ever accepted",
+        )
     if settings.gpu_memory_utilization > 1:
         raise Refusal(
             f"gpu_memory_utilization={settings.gpu_memory_utilization:g} is too much",

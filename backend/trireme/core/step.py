@@ -110,6 +110,11 @@ class Step(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     def num_samples(self) -> int:
         return int(array(self.samples).sum())
 
+    @property
+    def num_drafts(self) -> int:
+        """Tokens that the last stage drafts for all items."""
+        return self.drafts * int(np.count_nonzero(array(self.samples)))
+
 
 class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
     """Logprobs of prompt tokens start+1 .. start+len(values) of the sequence in `slot`."""

@@ -68,10 +68,11 @@ class Broken(NamedTuple):
 
 
 class Connection(NamedTuple):
-    """A new epoch, joined by all stages. `num_pages` is what the smallest stage holds."""
+    """A new epoch, joined by all stages. `num_pages` and `num_snapshots` are what the smallest stage holds."""
 
     epoch: int
     num_pages: int
+    num_snapshots: int | None  # None where no stage keeps states
 
 
 class GivenUp(NamedTuple):
@@ -222,7 +223,8 @@ class Chain:
             if joined is not None and not isinstance(joined, Joined):
                 raise StageFault(f"stage_{stage} did not join epoch {epoch}: {_said(joined)}")
         self._epoch = epoch
-        return Connection(epoch, min(state.num_pages for state in states))
+        snapshots = [state.num_snapshots for state in states if state.num_snapshots is not None]
+        return Connection(epoch, min(state.num_pages for state in states), min(snapshots, default=None))
 
     def _heal(self, stage: int, error: Exception) -> None:
         """A stage never seen may still be loading; it has start_timeout_s for that."""
@@ -271,9 +273,11 @@ def _what_is_wrong(answer: Answer | Exception, step: Step, *, is_last: bool) -> 
         return _said(answer)
     if (answer.epoch, answer.number) != (step.epoch, step.number):
         return f"answered step {answer.number} of epoch {answer.epoch}"
-    num_tokens = len(answer.tokens) // 4
+    num_tokens, num_drafts = len(answer.tokens) // 4, len(answer.drafts) // 4
     if is_last and num_tokens != step.num_samples:
         return f"answered {num_tokens} tokens for {step.num_samples} samples"
+    if is_last and num_drafts != step.num_drafts:
+        return f"answered {num_drafts} drafts of {step.num_drafts}"
     return ""
 
 

@@ -16,7 +16,8 @@ from trireme.core.refusal import Refusal
 from trireme.core.request import Emission, Request
 from trireme.core.settings import Limits, Settings
 from trireme.engine.chain import Broken, Chain, Connection, GivenUp, Returned, StageFault, Stages
-from trireme.engine.scheduler import Scheduler, queue_full
+from trireme.engine.refusals import queue_full
+from trireme.engine.scheduler import Scheduler
 from trireme.engine.stats import Stats
 from trireme.engine.trace import StepTrace
 
@@ -63,10 +64,12 @@ class Engine:
         *,
         max_model_len: int,
         stages: Stages,
+        num_drafts: int = 0,
     ):
+        """`num_drafts`: what Settings.mtp says of the checkpoint's head."""
         self.stats = Stats(stages.num_stages)
         self._settings = settings
-        self._max_model_len = max_model_len
+        self._max_model_len, self._num_drafts = max_model_len, num_drafts
         self._log = logger("front")
         self._events: SimpleQueue[_Event] = SimpleQueue()
         self._chain = Chain(stages, settings, self._events.put)
@@ -298,6 +301,7 @@ class Engine:
             stats, scheduler = self.stats, self._scheduler
             stats.running, stats.waiting = scheduler.num_running, scheduler.num_waiting
             stats.pages_used, stats.pages_total = scheduler.num_pages_used, scheduler.limits.num_pages
+            stats.snapshots_used, stats.snapshots_total = scheduler.num_snapshots_used, scheduler.limits.num_snapshots or 0
 
     # ---- epochs
 
@@ -323,19 +327,26 @@ class Engine:
         threading.Thread(target=self._chain.connect, name="trireme connect", daemon=True).start()
 
     def _connected(self, connection: Connection) -> None:
-        epoch, num_pages = connection
+        epoch, num_pages, num_snapshots = connection
         if self._scheduler is None:
             try:
-                limits = Limits.of(self._settings, max_model_len=self._max_model_len, num_pages=num_pages)
+                limits = Limits.of(
+                    self._settings,
+                    max_model_len=self._max_model_len,
+                    num_pages=num_pages,
+                    num_snapshots=num_snapshots,
+                    num_drafts=self._num_drafts,
+                )
             except Refusal as refusal:  # stays: it takes other settings
                 self._refusal = refusal
                 return
             self._scheduler = Scheduler(limits, time.monotonic, self.stats, epoch)
         else:
-            self._news += self._scheduler.restart(epoch, num_pages, self._fault)
+            self._news += self._scheduler.restart(epoch, num_pages, self._fault, num_snapshots)
         self._idle_sent.clear()
         self.stats.epochs += 1
-        self._log.info("epoch %d: %d stages, %d pages", epoch, len(self._chain.states), num_pages)
+        said = "" if num_snapshots is None else f", {num_snapshots} snapshots"
+        self._log.info("epoch %d: %d stages, %d pages%s", epoch, len(self._chain.states), num_pages, said)
         self._ready.set()
 
     def _probe(self, epoch: int) -> None:

@@ -3,6 +3,9 @@
 A step holds decodes first, then prompt rows: half of those go to the oldest prompt, the other half to the shortest ones.
 With context parallelism it holds the ones or the others, in turn.
 Pages and slots are given back only after the last planned step that names them has returned.
+
+A sequence that drafts is in one step at a time: its item there is its last token and the drafts that came with it, and what
+follows of them is the model's own text is known when the step has returned.
 """
 
 from __future__ import annotations
@@ -10,9 +13,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from heapq import heappop, heappush
-from itertools import repeat
 
 import msgspec
 import numpy as np
@@ -20,59 +21,21 @@ import numpy as np
 from trireme.core.refusal import Refusal
 from trireme.core.request import Emission, Logprobs, Request
 from trireme.core.settings import Limits
-from trireme.core.step import FED, PAGE, Open, Outcome, Regime, Step, array, ints
+from trireme.core.step import FED, PAGE, Open, Outcome, Step, accepted, array, ints
+from trireme.engine.draft import DraftLength
 from trireme.engine.pages import Pages
 from trireme.engine.prefix import extend_names, find_prefix
+from trireme.engine.prompts import Prompts
+from trireme.engine.refusals import check_request, no_longer_fits, queue_full, struck_out, too_late
 from trireme.engine.sequence import Group, Sequence, State, pages_of
+from trireme.engine.sheet import Flight, Sheet
 from trireme.engine.slots import Slots
+from trireme.engine.states import Snapshots
 from trireme.engine.stats import Stats
-from trireme.engine.waiting import Waiting
+from trireme.engine.waiting import Waiting, length_rank
 
 _LEAST_CHUNK = 64  # rows: prompts are not cut finer to fill the pipeline, since a step has costs of its own
 _MOST_STRIKES = 3  # epochs in a row that may break on a sequence which gets no further
-
-
-@dataclass
-class _Flight:
-    """A step that has not returned, as the scheduler remembers it: lists over its items."""
-
-    number: int
-    sequences: list[Sequence] = field(default_factory=list)
-    ends: list[int] = field(default_factory=list)  # tokens computed once the step has returned
-    samples: list[bool] = field(default_factory=list)
-    prompt_rows: int = 0
-
-
-class _Sheet:
-    """A step being planned: its fields in pieces."""
-
-    def __init__(self, number: int):
-        self.flight = _Flight(number)
-        self.slots: list[int] = []
-        self.starts: list[int] = []
-        self.counts: list[int] = []
-        self.tokens: list[bytes] = []
-        self.opens: list[Open] = []
-        self.writes: list[tuple[int, int, int]] = []
-        self.bans: list[tuple[int, list[int]]] = []
-        self.returns = False
-
-    def step(self, epoch: int, regime: Regime) -> Step:
-        return Step(
-            epoch=epoch,
-            number=self.flight.number,
-            slots=ints(self.slots),
-            starts=ints(self.starts),
-            counts=ints(self.counts),
-            samples=ints(self.flight.samples),
-            tokens=b"".join(self.tokens),
-            opens=self.opens,
-            page_writes=ints(self.writes),
-            bans=self.bans,
-            returns=self.returns,
-            sp=regime.sp,
-            cp=regime.cp,
-        )
 
 
 class Scheduler:
@@ -88,16 +51,20 @@ class Scheduler:
         self._num_queued = 0  # requests of which nothing has run
         self._deadlines: list[tuple[float, int, Group]] = []  # heap
         self._waiting = Waiting()
+        self._draft_length = DraftLength(limits.num_drafts, adapts=limits.adaptive_drafts)
         self._reset()
 
     def _reset(self) -> None:
         """No step, no page, no slot: the start of an epoch."""
         self._pages = Pages(self.limits.num_pages)
-        self._slots = Slots(self.limits.max_num_seqs)
+        self._reuses = self.limits.enable_prefix_caching and self.limits.num_snapshots != 0  # states are reused with pages or not at all
+        self._snapshots = Snapshots(self.limits.num_snapshots or 0)
+        self._saves = self._reuses and bool(self.limits.num_snapshots)  # whether states are kept at the ends of chunks
+        self._slots = Slots(self.limits.max_num_seqs, self.limits.num_drafts)
         self._running: dict[int, Sequence] = {}  # by slot: RUNNING, LEAVING, or DONE and not yet parted
-        self._prompts: list[Sequence] = []  # RUNNING, with prompt rows left to plan
+        self._prompts = Prompts(self._slots)
         self._prompt_rows_in_flight = 0
-        self._flights: deque[_Flight] = deque()  # planned, not returned; by number
+        self._flights: deque[Flight] = deque()  # planned, not returned; by number
         self._early: dict[int, Outcome] = {}  # answers that overtook that of an older step
         self._parting: dict[int, list[Sequence]] = {}  # by the number of the last step that names them
         self._next_number = 0
@@ -128,6 +95,10 @@ class Scheduler:
         return self._pages.num_used
 
     @property
+    def num_snapshots_used(self) -> int:
+        return self._snapshots.num_used
+
+    @property
     def next_deadline(self) -> float | None:
         """Clock seconds of the earliest deadline of a request under way."""
         while self._deadlines and not self._deadlines[0][2].num_unfinished:
@@ -141,22 +112,7 @@ class Scheduler:
 
     def check(self, request: Request) -> None:
         """Refusal for a request that could never run, whatever the load."""
-        num_prompt, limits = len(request.prompt), self.limits
-        if not num_prompt:
-            raise Refusal("the prompt has no tokens", why="there is nothing to continue", fix="send at least one token")
-        if num_prompt >= limits.max_model_len:
-            raise Refusal(
-                f"the prompt has {num_prompt} tokens, max_model_len is {limits.max_model_len}",
-                why="no room is left for an output token",
-                fix="shorten the prompt, set truncate_prompt_tokens, or raise max_model_len",
-            )
-        num_tokens = min(num_prompt + request.sampling.max_tokens, limits.max_model_len)
-        if pages_of(num_tokens - 1) > limits.num_pages:  # the last token is sampled but never computed
-            raise Refusal(
-                f"prompt and output of up to {num_tokens} tokens need {pages_of(num_tokens - 1)} pages, there are {limits.num_pages}",
-                why="a sequence must fit to ever finish",
-                fix="lower max_tokens, or raise kv_cache_memory_bytes",
-            )
+        check_request(request, self.limits)
 
     def add(self, request: Request) -> None:
         """Take a request into the queue; Refusal where it can never run, its id is taken, or the queue is full."""
@@ -172,7 +128,7 @@ class Scheduler:
         self._groups[request.id] = group
         if request.deadline is not None:
             heappush(self._deadlines, (request.deadline, group.order, group))
-        share_prompt = self.limits.enable_prefix_caching and len(request.prompt) > PAGE
+        share_prompt = self._reuses and len(request.prompt) > PAGE
         for sequence in group.sequences:
             if share_prompt and sequence.index > 0:
                 sequence.state = State.HELD
@@ -191,12 +147,7 @@ class Scheduler:
         news: list[Emission] = []
         while (deadline := self.next_deadline) is not None and deadline <= self._clock():
             group = heappop(self._deadlines)[2]
-            error = Refusal(
-                f"request ended at its deadline, {self._clock() - group.arrived:.1f} s after it came",
-                why="it did not finish in time",
-                fix="give it more time or fewer tokens",
-                kind="deadline",
-            )
+            error = too_late(self._clock() - group.arrived)
             news += self._end(group.sequences, "deadline", error)
         return news
 
@@ -204,8 +155,10 @@ class Scheduler:
         """End every request with `error`."""
         return [news for group in list(self._groups.values()) for news in self._end(group.sequences, "error", error)]
 
-    def restart(self, epoch: int, num_pages: int | None = None, error: Exception | None = None) -> list[Emission]:
-        """A new epoch: forget steps, pages and slots, and queue what ran, by rank, with its tokens so far.
+    def restart(
+        self, epoch: int, num_pages: int | None = None, error: Exception | None = None, num_snapshots: int | None = None
+    ) -> list[Emission]:
+        """A new epoch: forget steps, pages, snapshots and slots, and queue what ran, by rank, with its tokens so far.
 
         `error` is what broke the old epoch. Sequences of its oldest unreturned step that got no further for several
         epochs in a row are ended with it, and so are those that no longer fit in `num_pages`.
@@ -216,6 +169,8 @@ class Scheduler:
         self.epoch = epoch
         if num_pages is not None:
             self.limits = msgspec.structs.replace(self.limits, num_pages=num_pages)
+        if num_snapshots is not None:
+            self.limits = msgspec.structs.replace(self.limits, num_snapshots=num_snapshots)
         self._reset()
         for sequence in running:
             if sequence.state is not State.DONE:
@@ -224,11 +179,10 @@ class Scheduler:
             sequence.strikes = 1 if sequence.furthest > sequence.furthest_at_strike else sequence.strikes + 1
             sequence.furthest_at_strike = sequence.furthest
             if sequence.strikes >= _MOST_STRIKES:
-                news += self._end([sequence], "error", _struck_out(error))
+                news += self._end([sequence], "error", struck_out(_MOST_STRIKES, error))
         for sequence in [s for group in self._groups.values() for s in group.sequences]:
             if pages_of(sequence.limit - 1) > self.limits.num_pages:
-                why = f"{self.limits.num_pages} pages are left after a repair"
-                news += self._end([sequence], "error", Refusal("the request no longer fits", why=why, kind="unavailable"))
+                news += self._end([sequence], "error", no_longer_fits(self.limits.num_pages))
         return news
 
     # ---- planning
@@ -237,7 +191,7 @@ class Scheduler:
         """The next step, or None where nothing can run before an outcome or a request comes."""
         if len(self._flights) >= self.limits.inflight:
             return None
-        sheet = _Sheet(self._next_number)
+        sheet = Sheet(self._next_number)
         mixes = self.limits.cp == 1
         plans = [self._plan_decodes, self._plan_prompts]
         if not mixes and not self._prefilled:
@@ -253,7 +207,7 @@ class Scheduler:
         self._prompt_rows_in_flight += sheet.flight.prompt_rows
         self._prefilled = sheet.flight.prompt_rows > 0
         self._next_number += 1
-        step = sheet.step(self.epoch, Regime.of(sheet.counts, self.limits.sp_from, self.limits.cp))
+        step = sheet.step(self.epoch, self.limits, self._snapshots)
         self.stats.step_planned(step, falls_back=not mixes and self._prefilled and not step.cp)
         return step
 
@@ -262,7 +216,7 @@ class Scheduler:
         """Steps below this number have returned."""
         return self._flights[0].number if self._flights else self._next_number
 
-    def _plan_decodes(self, sheet: _Sheet, *, ahead: bool = False) -> None:
+    def _plan_decodes(self, sheet: Sheet, *, ahead: bool = False) -> None:
         slots, limits, number = self._slots, self.limits, sheet.flight.number
         decodes = slots.decodes()
         room, num_steps = limits.max_num_batched_tokens, limits.num_stages  # that share the decodes
@@ -273,6 +227,8 @@ class Scheduler:
                 num_steps = -(-num_steps // 2)  # every other step is for prompts
         most = limits.max_micro_batch_size or -(-int(np.count_nonzero(decodes)) // num_steps)
         chosen = slots.ready(decodes, number, self._num_returned, limits.num_stages, ahead=ahead)[: min(most, room)]
+        if limits.num_drafts:
+            self._drop_drafts(chosen, room - len(chosen))
         chosen, growing = self._room_for(chosen)
         if not len(chosen):
             return
@@ -286,24 +242,60 @@ class Scheduler:
         slots.planned[chosen] += 1
         slots.length[chosen] += 1
         slots.last_step[chosen] = number
-        sheet.returns = bool(np.any(slots.fed[chosen] & (slots.length[chosen] < slots.limit[chosen])))
         sequences = [self._running[slot] for slot in chosen.tolist()]
         sheet.bans += [
             (item, words) for item, sequence in enumerate(sequences) if sequence.sampling.bad_words and (words := sequence.banned())
         ]
+        counts, replays = [1] * len(sequences), [0] * len(sequences)
+        if limits.num_drafts:
+            counts, replays, tokens = self._add_drafts(sheet, chosen, tokens)
+        sheet.returns = slots.feed(chosen, number)
         sheet.slots += chosen.tolist()
         sheet.starts += starts.tolist()
-        sheet.counts += [1] * len(sequences)
+        sheet.counts += counts
         sheet.tokens.append(ints(tokens))
+        sheet.replays += replays
+        sheet.nexts += [-1] * len(sequences)
         sheet.flight.sequences += sequences
         sheet.flight.ends += (starts + 1).tolist()
-        sheet.flight.samples += [True] * len(sequences)
+        sheet.flight.samples += counts
+
+    def _add_drafts(self, sheet: Sheet, chosen: np.ndarray, tokens: np.ndarray) -> tuple[list[int], list[int], np.ndarray]:
+        """(rows, rows to replay, of each slot; all rows' tokens): a slot's drafts come behind its token, and all are verified."""
+        slots = self._slots
+        num_drafts, replays = slots.num_drafts[chosen], slots.replays[chosen]
+        rows = np.column_stack((tokens, slots.drafts[chosen]))
+        slots.replays[chosen] = 0
+        slots.awaits[chosen[num_drafts > 0]] = sheet.flight.number
+        sheet.flight.verifies = bool(num_drafts.any())
+        self._ask_drafts(sheet, chosen)
+        return (1 + num_drafts).tolist(), replays.tolist(), rows[np.arange(rows.shape[1]) <= num_drafts[:, None]]
+
+    def _drop_drafts(self, chosen: np.ndarray, room: int) -> None:
+        """Keep the drafts that have a place: in `room` rows, before the limit, and in pages; none where too many sequences run."""
+        slots = self._slots
+        if len(self._running) > self.limits.max_drafting:
+            room = 0
+        wanted = np.minimum(slots.num_drafts[chosen], slots.limit[chosen] - slots.length[chosen] - 1)
+        wanted = np.clip(room - (np.cumsum(wanted) - wanted), 0, wanted)
+        held = slots.held[chosen] * PAGE - slots.planned[chosen] - 1  # places for drafts in its pages; -1: it needs one anyhow
+        if np.count_nonzero(wanted > held) > self._pages.num_free:
+            wanted = np.where(held < 0, wanted, np.minimum(wanted, held))
+        slots.num_drafts[chosen] = wanted
+
+    def _ask_drafts(self, sheet: Sheet, chosen: np.ndarray | list[int]) -> None:
+        """Have the step draft for those of its sampled slots that may verify a draft next. They wait for them."""
+        slots = self._slots
+        asking = slots.drafting[chosen] & (slots.length[chosen] + 1 < slots.limit[chosen])
+        if asking.any() and len(self._running) <= self.limits.max_drafting:
+            sheet.flight.drafts = sheet.flight.drafts or self._draft_length.ask()
+            slots.awaits[np.asarray(chosen)[asking]] = sheet.flight.number
 
     def _room_for(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(those of the slots that can decode now, those among them that need a page more); preempts where pages are short."""
         slots = self._slots
         while True:
-            growing = chosen[slots.planned[chosen] >= slots.held[chosen] * PAGE]
+            growing = chosen[slots.planned[chosen] + slots.num_drafts[chosen] >= slots.held[chosen] * PAGE]
             short = len(growing) - self._pages.num_free
             if short <= 0:
                 return chosen, growing
@@ -318,43 +310,41 @@ class Scheduler:
         postponed = by_rank[self._pages.num_free :]
         return chosen[~np.isin(chosen, postponed)], np.array(by_rank[: self._pages.num_free], np.int64)
 
-    def _plan_prompts(self, sheet: _Sheet) -> None:
+    def _plan_prompts(self, sheet: Sheet) -> None:
         """Half of the rows to the oldest prompt, unless it needs less or is alone; the others to the shortest, so that neither starves."""
-        rows = self._num_prompt_rows(self.limits.max_num_batched_tokens - len(sheet.slots))
+        rows = self._num_prompt_rows(self.limits.max_num_batched_tokens - sheet.num_rows)
         if rows <= 0:
             return
         oldest, may_admit = self._oldest_prompt(sheet)
         if oldest is None:
             return
-        need = self._left(oldest)
+        need = self._prompts.left(oldest)
         alone = len(self._prompts) == 1 and not len(self._waiting)
         share = need if need <= rows else rows if alone else -(-rows // 2)
         rows -= share
         while rows:
-            shortest = min((s for s in self._prompts if s is not oldest), key=self._length_rank, default=None)
+            shortest = self._prompts.shortest(sheet.flight.number, besides=oldest)
             waiting = self._waiting.shortest if may_admit else None
-            if waiting is not None and (shortest is None or _waiting_length_rank(waiting) < self._length_rank(shortest)):
+            if waiting is not None and (shortest is None or length_rank(waiting, len(waiting.log)) < self._prompts.length_rank(shortest)):
                 may_admit = self._admit(waiting, sheet)
                 shortest = waiting if may_admit else shortest
             if shortest is None:
                 break
-            count = min(rows, self._left(shortest))
-            self._plan_chunk(sheet, shortest, count)
-            rows -= count
+            rows -= self._plan_chunk(sheet, shortest, rows)
         self._plan_chunk(sheet, oldest, share + min(rows, need - share))
 
     def _num_prompt_rows(self, room: int) -> int:
         """Prompt rows of this step: what there is to compute in equal steps, at least one for each stage."""
-        pending = sum(map(self._left, self._prompts)) + self._waiting.num_rows
+        pending = self._prompts.num_rows + self._waiting.num_rows
         if not pending or room <= 0:
             return 0
         pending += self._prompt_rows_in_flight
         num_steps = max(-(-pending // room), min(self.limits.num_stages, self.limits.inflight))
         return min(room, max(_LEAST_CHUNK, -(-pending // num_steps)))
 
-    def _oldest_prompt(self, sheet: _Sheet) -> tuple[Sequence | None, bool]:
+    def _oldest_prompt(self, sheet: Sheet) -> tuple[Sequence | None, bool]:
         """(the first prompt by rank, whether others may be admitted). Nobody overtakes one that waits for pages or a slot."""
-        first = min(self._prompts, key=lambda sequence: sequence.rank, default=None)
+        first = self._prompts.oldest
         waiting = self._waiting.first
         if waiting is None or (first is not None and first.rank < waiting.rank):
             return first, True
@@ -362,12 +352,16 @@ class Scheduler:
             return waiting, True
         return first if first in self._prompts else None, False  # it may have had to make room
 
-    def _admit(self, sequence: Sequence, sheet: _Sheet, *, preempts: bool = False) -> bool:
+    def _admit(self, sequence: Sequence, sheet: Sheet, *, preempts: bool = False) -> bool:
         """Give a waiting sequence a slot and pages for its whole log, reused ones where there are; False where they are short.
 
         With `preempts`, sequences of lower priority make room, in this step or a later one.
         """
-        found = find_prefix(self._pages, sequence.names, sequence.log) if self.limits.enable_prefix_caching and sequence.reuses else []
+        found = find_prefix(self._pages, sequence.names, sequence.log) if self._reuses and sequence.reuses else []
+        snapshot = -1
+        if self.limits.num_snapshots is not None:
+            num_found, snapshot = self._snapshots.longest(sequence.names[: len(found)])
+            found = found[:num_found]
         self._pages.hold(found)
         num_new = pages_of(len(sequence.log)) - len(found)
         while not self._fits(num_new):
@@ -386,13 +380,23 @@ class Scheduler:
             limit=sequence.limit,
             held=len(sequence.pages),
             fed=self.limits.fed_back and self.limits.inflight > 1 and not sequence.sampling.waits_for_token,
+            drafting=self._drafts_for(sequence),
         )
         self._running[sequence.slot] = sequence
-        self._prompts.append(sequence)
+        self._prompts.add(sequence)
         sheet.opens.append(Open(sequence.slot, sequence.sampling, sequence.prompt_len, sequence.history))
         sheet.writes += [(sequence.slot, index, page) for index, page in enumerate(sequence.pages)]
+        if snapshot >= 0:
+            sheet.restores.append((snapshot, sequence.slot))
+            self.stats.snapshot_hits += 1
         self._began(sequence, len(found) * PAGE)
         return True
+
+    def _drafts_for(self, sequence: Sequence) -> bool:
+        """Whether a sequence may have drafts. What the sampler does to a row must not depend on the tokens just before it, and prompt
+        logprobs come with the first token."""
+        sampling = sequence.sampling
+        return self.limits.num_drafts > 0 and not (sampling.penalises or sampling.waits_for_token or sampling.prompt_logprobs is not None)
 
     def _fits(self, num_new: int) -> bool:
         """Whether a slot and the pages are there, and a few pages more for those that decode."""
@@ -411,35 +415,48 @@ class Scheduler:
             self.stats.prompt_tokens += sequence.prompt_len
             self.stats.cached_tokens += num_cached
 
-    def _plan_chunk(self, sheet: _Sheet, sequence: Sequence, count: int) -> None:
-        slots, slot = self._slots, sequence.slot
+    def _plan_chunk(self, sheet: Sheet, sequence: Sequence, most: int) -> int:
+        """The next rows of a prompt, at most so many; how many they are."""
+        slots, slot, log = self._slots, sequence.slot, sequence.log
         start = int(slots.planned[slot])
-        end = start + count
-        samples = end == len(sequence.log)
+        end = self._chunk_end(start, start + most, len(log))
+        samples = end == len(log)
         slots.planned[slot] = end
         slots.last_step[slot] = sheet.flight.number
         if samples:
             slots.length[slot] += 1
             slots.decoding[slot] = True
-            self._prompts.remove(sequence)
-            sheet.returns |= bool(slots.fed[slot] and slots.length[slot] < slots.limit[slot])
+            self._prompts.discard(sequence)
+            self._ask_drafts(sheet, [slot])
+            sheet.returns |= slots.feed([slot], sheet.flight.number)
             if banned := sequence.banned():
                 sheet.bans.append((len(sheet.slots), banned))
+        if self._saves and end % PAGE == 0:
+            extend_names(sequence.names, log, end // PAGE)
+            sheet.saves.append((sequence.names[end // PAGE - 1], slot))
         sheet.slots.append(slot)
         sheet.starts.append(start)
-        sheet.counts.append(count)
-        sheet.tokens.append(sequence.log[start:end].tobytes())
+        sheet.counts.append(end - start)
+        sheet.tokens.append(log[start:end].tobytes())
+        sheet.replays.append(0)
+        sheet.nexts.append(-1 if samples else log[end])
         sheet.flight.sequences.append(sequence)
         sheet.flight.ends.append(end)
-        sheet.flight.samples.append(samples)
-        sheet.flight.prompt_rows += count
+        sheet.flight.samples.append(int(samples))
+        sheet.flight.prompt_rows += end - start
+        return end - start
 
-    def _left(self, sequence: Sequence) -> int:
-        """Rows of a running prompt that no step has yet."""
-        return len(sequence.log) - int(self._slots.planned[sequence.slot])
+    def _chunk_end(self, start: int, most: int, num_tokens: int) -> int:
+        """Where a chunk ends, at `most` at the latest. Snapshots stand for whole pages: a chunk with one in it ends at its last, and
+        the tail of a prompt, which no other can reuse, is a chunk of its own.
 
-    def _length_rank(self, sequence: Sequence) -> tuple[int, ...]:
-        return (sequence.rank[0], self._left(sequence), *sequence.rank[1:])
+            0 ...... 16 ...... 32 .. 37        prompt of 37: [0, 32) and [32, 37); of 32: [0, 16) and [16, 32)
+        """
+        end = min(most, num_tokens)
+        if self._saves:
+            whole = min(end, num_tokens - 1) // PAGE * PAGE
+            return whole if whole > start else end
+        return end
 
     # ---- learning
 
@@ -458,60 +475,89 @@ class Scheduler:
                 self._part(sequence)
         return news
 
-    def _take(self, flight: _Flight, outcome: Outcome, news: list[Emission]) -> None:
+    def _take(self, flight: Flight, outcome: Outcome, news: list[Emission]) -> None:
         for part in outcome.prompt_logprobs:
             values = self._running[part.slot].prompt_logprobs
             if values is not None:
                 values[part.start + 1 : part.start + 1 + len(part.values)] = part.values
-        now, naming = self._clock(), self.limits.enable_prefix_caching
         sampled = array(outcome.tokens)
-        tokens, logprobs = iter(sampled.tolist()), iter(outcome.logprobs) if outcome.logprobs else repeat(None)
-        slots = [sequence.slot for sequence, samples in zip(flight.sequences, flight.samples, strict=True) if samples]
-        self._slots.known[slots] += 1
-        self._slots.token[slots] = sampled
-        for sequence, end, samples in zip(flight.sequences, flight.ends, flight.samples, strict=True):
+        if flight.drafts or flight.verifies:
+            stands = self._verify(flight, sampled, outcome.drafts)
+        else:
+            stands = flight.samples
+            slots = np.array([sequence.slot for sequence, samples in zip(flight.sequences, stands, strict=True) if samples], np.int64)
+            self._slots.known[slots] += 1
+            self._slots.token[slots] = sampled
+        now, tokens, logprobs, at = self._clock(), sampled.tolist(), outcome.logprobs, 0
+        for sequence, end, samples, stand in zip(flight.sequences, flight.ends, flight.samples, stands, strict=True):
             if end > sequence.furthest:
                 sequence.furthest = end
-            done = sequence.state is State.DONE
-            if naming and not done and end >= (sequence.num_named + 1) * PAGE:
-                self._name_pages(sequence, end // PAGE)
-            if samples:
-                token, logprob = next(tokens), next(logprobs)
-                if not done:  # else it is one that was sampled before the stop was known
-                    news.append(self._advance(sequence, token, logprob, now))
+            if sequence.state is not State.DONE:  # else its tokens were sampled before the stop was known
+                if stand:
+                    values = [value for value in logprobs[at : at + stand] if value is not None] if logprobs else []
+                    news.append(self._advance(sequence, tokens[at : at + stand], values, end, now))
+                elif end >= (sequence.num_named + 1) * PAGE:
+                    self._name_pages(sequence, end)
+            at += samples
 
-    def _name_pages(self, sequence: Sequence, num_full: int) -> None:
+    def _verify(self, flight: Flight, sampled: np.ndarray, drafts: bytes) -> list[int]:
+        """How many of each item's sampled tokens are its sequence's: drafts that stood, and one more. Slots take them, and `drafts`
+        for what comes next."""
+        slots, at = self._slots, 0
+        stands, coming = [], iter(array(drafts).reshape(np.count_nonzero(flight.samples), flight.drafts))
+        for item, (sequence, samples) in enumerate(zip(flight.sequences, flight.samples, strict=True)):
+            slot, num_drafts, num_accepted = sequence.slot, samples - 1, 0
+            if num_drafts > 0:
+                num_accepted = accepted(slots.drafts[slot, :num_drafts], sampled[at : at + samples])
+                slots.replays[slot] = 1 + num_accepted
+                flight.ends[item] += num_accepted
+                self._draft_length.learn(num_drafts, num_accepted)
+                self.stats.verified(num_drafts, num_accepted)
+            if samples:
+                slots.advance(slot, 1 + num_accepted, sampled[at + num_accepted])
+                new = next(coming)
+                if slots.awaits[slot] == flight.number:
+                    slots.num_drafts[slot], slots.drafts[slot, : flight.drafts] = flight.drafts, new
+            stands.append(1 + num_accepted if samples else 0)
+            at += samples
+        return stands
+
+    def _name_pages(self, sequence: Sequence, num_tokens: int) -> None:
+        """Let reuse find the full pages among the first tokens of a log, all computed."""
+        if not self._reuses:
+            return
+        num_full = num_tokens // PAGE
         extend_names(sequence.names, sequence.log, num_full)
         for index in range(sequence.num_named, num_full):
             self._pages.name(sequence.pages[index], sequence.names[index])
         sequence.num_named = num_full
 
-    def _advance(self, sequence: Sequence, token: int, logprob: Logprobs | None, now: float) -> Emission:
-        """One token more of a sequence, and what that is to its user."""
-        group, observed = sequence.group, self.stats.observed
-        prompt_logprobs = None
+    def _advance(self, sequence: Sequence, tokens: list[int], logprobs: list[Logprobs], end: int, now: float) -> Emission:
+        """Tokens more of a sequence, its first `end` ones computed, and what that is to its user. What follows a stop is dropped."""
+        group, observed, prompt_logprobs = sequence.group, self.stats.observed, None
         if sequence.num_output:
-            observed.inter_token.append(now - sequence.emitted_at)
+            for _ in tokens:
+                observed.inter_token.append((now - sequence.emitted_at) / len(tokens))
         else:
             observed.time_to_first_token.append(now - group.arrived)
             if sequence.prompt_logprobs is not None:
                 prompt_logprobs, sequence.prompt_logprobs = sequence.prompt_logprobs, None
                 sequence.sampling = msgspec.structs.replace(sequence.sampling, prompt_logprobs=None)
+                self._slots.drafting[sequence.slot] = self._drafts_for(sequence)
             if sequence.index == 0:
                 self._release_siblings(group)
         sequence.emitted_at = now
-        if token in sequence.stops and sequence.num_output >= sequence.sampling.min_tokens:
-            return self._finish(sequence, "stop", prompt_logprobs=prompt_logprobs)
-        sequence.log.append(token)
-        self.stats.generation_tokens += 1
-        values = [logprob] if logprob is not None else []
-        if len(sequence.log) >= sequence.limit:
-            return self._finish(sequence, "length", tokens=[token], logprobs=values, prompt_logprobs=prompt_logprobs)
+        reason = sequence.extend(tokens)
+        self.stats.generation_tokens += len(tokens)
+        if end >= (sequence.num_named + 1) * PAGE:
+            self._name_pages(sequence, min(end, len(sequence.log)))
+        if reason is not None:
+            return self._finish(sequence, reason, tokens=tokens, logprobs=logprobs[: len(tokens)], prompt_logprobs=prompt_logprobs)
         return Emission(
             request_id=group.request.id,
             index=sequence.index,
-            tokens=[token],
-            logprobs=values,
+            tokens=tokens,
+            logprobs=logprobs[: len(tokens)],
             prompt_logprobs=prompt_logprobs,
             num_cached_tokens=sequence.num_cached or 0,
         )
@@ -561,8 +607,7 @@ class Scheduler:
     def _leave(self, sequence: Sequence) -> None:
         """Plan it no more; slot and pages are given back once the last step that names them has returned."""
         self._slots.live[sequence.slot] = False
-        if sequence in self._prompts:
-            self._prompts.remove(sequence)
+        self._prompts.discard(sequence)
         last = int(self._slots.last_step[sequence.slot])
         if last < self._num_returned:
             self._part(sequence)
@@ -581,25 +626,3 @@ class Scheduler:
         sequence.state = State.WAITING
         sequence.slot, sequence.pages = -1, []
         self._waiting.push(sequence)
-
-
-def queue_full(num_queued: int) -> Refusal:
-    return Refusal(
-        f"the queue is full: {num_queued} requests wait",
-        why="max_queue_size bounds it",
-        fix="send again later, or raise max_queue_size",
-        kind="unavailable",
-    )
-
-
-def _waiting_length_rank(sequence: Sequence) -> tuple[int, ...]:
-    return (sequence.rank[0], len(sequence.log), *sequence.rank[1:])
-
-
-def _struck_out(error: Exception | None) -> Refusal:
-    return Refusal(
-        f"the request was given up: {_MOST_STRIKES} times in a row its step failed",
-        why=str(error),
-        fix="see the log of the stage that failed",
-        kind="internal",
-    )

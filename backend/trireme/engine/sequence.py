@@ -113,3 +113,19 @@ class Sequence:
             for word in self.sampling.bad_words
             if 1 < len(word) <= self.num_output + 1 and tuple(self.log[1 - len(word) :]) == tuple(word[:-1])
         ]
+
+    def extend(self, tokens: list[int]) -> str | None:
+        """Lengthen the log until a stop or the limit; why it ended. Of `tokens` only what the log took is left."""
+        log, num_known = self.log, len(self.log)
+        for token in tokens:
+            if token in self.stops and self.num_output >= self.sampling.min_tokens:
+                reason = "stop"
+                break
+            log.append(token)
+            if len(log) >= self.limit:
+                reason = "length"
+                break
+        else:
+            return None
+        del tokens[len(log) - num_known :]
+        return reason

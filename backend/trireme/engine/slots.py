@@ -12,10 +12,11 @@ class Slots:
         rows computed   tokens to      sampled by     may come
         or in flight    compute        steps in flight
 
-    A decoding sequence has exactly one token to compute: planned == length - 1.
+    A decoding sequence has exactly one token to compute: planned == length - 1. Its drafts come on top: they count in none of
+    these until the step that verifies them has returned.
     """
 
-    def __init__(self, num_slots: int):
+    def __init__(self, num_slots: int, most_drafts: int = 0):
         self.planned = np.zeros(num_slots, np.int64)  # rows that steps have been told to compute
         self.known = np.zeros(num_slots, np.int64)  # tokens in the log
         self.length = np.zeros(num_slots, np.int64)  # tokens in the log and those sampled by steps in flight
@@ -26,18 +27,24 @@ class Slots:
         self.live = np.zeros(num_slots, bool)  # may be planned
         self.decoding = np.zeros(num_slots, bool)  # its whole log has been planned
         self.fed = np.zeros(num_slots, bool)  # may run ahead of its tokens
+        self.drafting = np.zeros(num_slots, bool)  # may have drafts
+        self.drafts = np.zeros((num_slots, most_drafts), np.int64)
+        self.num_drafts = np.zeros(num_slots, np.int64)  # of `drafts`, those for the next item, or in the one in flight
+        self.awaits = np.full(num_slots, -1, np.int64)  # the last step that brings or verifies its drafts: it cannot run ahead of that
+        self.replays = np.zeros(num_slots, np.int64)  # rows that the stages hold aside and that stood: states are to take them
         self._free = list(range(num_slots - 1, -1, -1))
 
     @property
     def num_free(self) -> int:
         return len(self._free)
 
-    def open(self, *, planned: int, length: int, limit: int, held: int, fed: bool) -> int:
+    def open(self, *, planned: int, length: int, limit: int, held: int, fed: bool, drafting: bool) -> int:
         """The number of a free slot, taken."""
         slot = self._free.pop()
         self.planned[slot], self.known[slot], self.length[slot] = planned, length, length
         self.limit[slot], self.held[slot], self.fed[slot] = limit, held, fed
         self.last_step[slot], self.live[slot], self.decoding[slot] = -1, True, False
+        self.drafting[slot], self.num_drafts[slot], self.awaits[slot], self.replays[slot] = drafting, 0, -1, 0
         return slot
 
     def close(self, slot: int) -> None:
@@ -54,9 +61,20 @@ class Slots:
         A fed-back sequence is best planned once in num_stages steps: sooner, stage 0 would stand still until the step
         before has gone through all stages. With `ahead` it is planned all the same, those of the oldest step only.
         """
-        ready = decodes & (self.fed | (self.known == self.length))
+        ready = decodes & ((self.known == self.length) | (self.fed & (self.awaits < num_returned)))
         if ahead:
             slots = np.flatnonzero(ready)
             return slots[self.last_step[slots] == self.last_step[slots].min()] if len(slots) else slots
         slots = np.flatnonzero(ready & (self.last_step < max(number - num_stages + 1, num_returned)))
         return slots[np.argsort(self.last_step[slots], kind="stable")]
+
+    def feed(self, chosen: np.ndarray | list[int], number: int) -> bool:
+        """Whether any of the slots goes on from step `number` before its token is known."""
+        return bool(np.any(self.fed[chosen] & (self.awaits[chosen] < number) & (self.length[chosen] < self.limit[chosen])))
+
+    def advance(self, slot: int, num_tokens: int, last: int) -> None:
+        """So many tokens have come of a step that was to bring at least one: drafts that stood, and `last` after them."""
+        self.known[slot] += num_tokens
+        self.planned[slot] += num_tokens - 1
+        self.length[slot] += num_tokens - 1
+        self.token[slot] = last

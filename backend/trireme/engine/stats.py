@@ -43,11 +43,17 @@ class Stats:
         self.waiting = 0  # sequences without
         self.pages_used = 0
         self.pages_total = 0
+        self.snapshots_used = 0
+        self.snapshots_total = 0
         # counters: they only rise
         self.preemptions = 0
         self.prompt_tokens = 0  # of requests that began to run
         self.cached_tokens = 0  # of those, taken from reused pages
+        self.snapshot_hits = 0  # sequences that began from one
         self.generation_tokens = 0
+        self.verifications = 0  # of a sequence's drafts, together
+        self.drafted_tokens = 0  # of those
+        self.accepted_tokens = 0  # of those
         self.steps = 0
         self.rows = 0
         self.sp_steps = 0  # with sequence parallelism on
@@ -66,6 +72,17 @@ class Stats:
         self.sp_steps += step.sp
         self.cp_steps += step.cp
         self.cp_fallbacks += falls_back
+
+    def verified(self, num_drafts: int, num_accepted: int) -> None:
+        """Drafts of one sequence that a step has verified."""
+        self.verifications += 1
+        self.drafted_tokens += num_drafts
+        self.accepted_tokens += num_accepted
+
+    @property
+    def acceptance_length(self) -> float:
+        """Mean tokens that a sequence got from a step that verified drafts of it; 0 before the first."""
+        return 1 + self.accepted_tokens / self.verifications if self.verifications else 0.0
 
     def stage_returned(self, stage: int, clock: Clock, hop_s: float, *, was_idle: bool) -> None:
         """One stage's part of one step. `was_idle`: nothing was in flight when the step was sent, so its wait was no bubble."""

@@ -36,18 +36,19 @@ class Waiting:
 
     def push(self, sequence: Sequence) -> None:
         insort(self._by_rank, (sequence.rank, sequence))
-        insort(self._by_length, (_length_key(sequence), sequence))
+        insort(self._by_length, (length_rank(sequence, len(sequence.log)), sequence))
         self.num_rows += len(sequence.log)
 
     def remove(self, sequence: Sequence) -> None:
         """The sequence's log has not changed since `push`."""
-        for entries, key in ((self._by_rank, sequence.rank), (self._by_length, _length_key(sequence))):
+        for entries, key in ((self._by_rank, sequence.rank), (self._by_length, length_rank(sequence, len(sequence.log)))):
             index = bisect_left(entries, (key,))
             assert entries[index][1] is sequence, "a sequence left the queue that was not in it"
             del entries[index]
         self.num_rows -= len(sequence.log)
 
 
-def _length_key(sequence: Sequence) -> tuple[int, ...]:
+def length_rank(sequence: Sequence, num_rows: int) -> tuple[int, ...]:
+    """Order among the shortest: by priority, then by rows to compute."""
     priority, *rest = sequence.rank
-    return (priority, len(sequence.log), *rest)
+    return (priority, num_rows, *rest)

@@ -90,7 +90,8 @@ class Front:
             thread_pool=flags.thread_pool,
             num_threads=(settings.inflight + 2) * settings.num_stages,  # steps, and two questions to each stage
         )
-        self._engine = Engine(settings, max_model_len=self._max_model_len, stages=self._stages)
+        num_drafts = settings.mtp.num_drafts(spec.num_mtp_layers)
+        self._engine = Engine(settings, max_model_len=self._max_model_len, stages=self._stages, num_drafts=num_drafts)
         labels = {"model": settings.served_model_name or args["model_name"], "version": args["model_version"]}
         self._reporter = Reporter(pb_utils.MetricFamily, self._samples, self._engine.stats, labels) if flags.metrics else None
         self._starter = threading.Thread(target=self._start, name="start", daemon=True)

@@ -35,10 +35,17 @@ FAMILIES = {  # name without the prefix -> (kind, what it is)
     "requests_waiting": ("GAUGE", "Sequences that wait for a place"),
     "pages_used": ("GAUGE", "Pages of 16 tokens in use"),
     "pages_total": ("GAUGE", "Pages of 16 tokens there are"),
+    "snapshots_used": ("GAUGE", "Copies of sequences' states in use, where a model has states"),
+    "snapshots_total": ("GAUGE", "Copies of sequences' states there is room for"),
     "preemptions_total": ("COUNTER", "Sequences put back to the queue for want of pages"),
     "prompt_tokens_total": ("COUNTER", "Prompt tokens of requests that began to run"),
     "cached_tokens_total": ("COUNTER", "Prompt tokens taken from reused pages"),
+    "snapshot_hits_total": ("COUNTER", "Sequences that began from a copy of states"),
     "generation_tokens_total": ("COUNTER", "Tokens made"),
+    "mtp_verifications_total": ("COUNTER", "Times that a step verified a sequence's drafts"),
+    "mtp_drafted_tokens_total": ("COUNTER", "Drafts that were verified"),
+    "mtp_accepted_tokens_total": ("COUNTER", "Drafts that were the model's own tokens"),
+    "mtp_acceptance_length": ("GAUGE", "Mean tokens of a sequence for each time its drafts were verified"),
     "requests_finished_total": ("COUNTER", "Sequences that ended, by reason"),
     "steps_total": ("COUNTER", "Steps planned"),
     "step_rows_total": ("COUNTER", "Rows of those steps"),
@@ -75,10 +82,17 @@ def samples(stats: Stats, stages: BlsStages) -> Iterator[Sample]:
     yield Sample("requests_waiting", stats.waiting)
     yield Sample("pages_used", stats.pages_used)
     yield Sample("pages_total", stats.pages_total)
+    yield Sample("snapshots_used", stats.snapshots_used)
+    yield Sample("snapshots_total", stats.snapshots_total)
     yield Sample("preemptions_total", stats.preemptions)
     yield Sample("prompt_tokens_total", stats.prompt_tokens)
     yield Sample("cached_tokens_total", stats.cached_tokens)
+    yield Sample("snapshot_hits_total", stats.snapshot_hits)
     yield Sample("generation_tokens_total", stats.generation_tokens)
+    yield Sample("mtp_verifications_total", stats.verifications)
+    yield Sample("mtp_drafted_tokens_total", stats.drafted_tokens)
+    yield Sample("mtp_accepted_tokens_total", stats.accepted_tokens)
+    yield Sample("mtp_acceptance_length", stats.acceptance_length)
     yield Sample("steps_total", stats.steps)
     yield Sample("step_rows_total", stats.rows)
     yield Sample("sp_steps_total", stats.sp_steps)
