@@ -82,12 +82,6 @@ class Plan:
         """The plan that settings ask for. Refusal where the checkpoint cannot be spread so."""
         num_stages, cut = settings.pipeline_parallel_size, settings.layer_cut
         mtp = settings.mtp.num_drafts(spec.num_mtp_layers)
-        if settings.mtp.num_tokens and not mtp:
-            raise Refusal(
-                f"mtp.num_tokens={settings.mtp.num_tokens} for a checkpoint without a head that drafts",
-                why=f"this {spec.family} has no mtp layer",
-                fix="leave mtp out, or serve a checkpoint that has one",
-            )
         if cut is not None and (sum(cut) != spec.num_layers or min(cut) < 1):
             raise Refusal(
                 f"layer_cut={cut} does not cut {spec.num_layers} layers into {num_stages} stages",
