@@ -18,6 +18,7 @@ from trireme.layers.embed import Embed, Head
 from trireme.layers.linear import Linear
 from trireme.layers.names import Names, table
 from trireme.layers.param import Param
+from trireme.models.mtp import Join, MtpHead, with_head
 from trireme.models.walk import Walk
 from trireme.parallel.deal import Deal
 from trireme_kernels.delta_step.op import CapturedDeltaStep, DeltaStep
@@ -95,15 +96,21 @@ class Decoder(nn.Module):
         super().__init__()
         spec, plan = build.spec, build.plan
         self.build, self.tied = build, spec.tie_word_embeddings
+        names = with_head(names) if plan.mtp else names
         self.names = names.tied() if spec.tie_word_embeddings else names
         self.embed = Embed(build) if build.first else None
         blocks = [block for layer in plan.layers(build.stage) for block in layer_blocks(build, layer)]
+        self.mtp: MtpHead | None = None
         if build.last:
-            blocks.append(Head(build, tied=self.embed.weight if self.embed is not None and spec.tie_word_embeddings else None))
+            head = Head(build, tied=self.embed.weight if self.embed is not None and spec.tie_word_embeddings else None)
+            blocks.append(head)
+            self.mtp = MtpHead(build, head, self.embed) if plan.mtp else None
         self.blocks = nn.ModuleList(blocks)
-        self._parts: list[Embed | Block] = [self.embed, *blocks] if self.embed is not None else [*blocks]
-
+        self._parts: list[Embed | Join | Block] = [*([self.embed] if self.embed is not None else []), *blocks]
         self._walks = {regime: Walk(build, regime, self.embed, blocks) for regime in plan.regimes}
+        if self.mtp is not None:
+            self._parts += self.mtp.parts
+            blocks = [*blocks, *self.mtp.blocks]
 
         self.keeps: list[PerToken | PerRequest] = []  # in the order of Batch.caches
         for block in blocks:
@@ -154,7 +161,10 @@ class Decoder(nn.Module):
 
     def schedule(self) -> list[str]:
         """Every collective of a step in each regime, a line for each block that needs any."""
-        return [line for regime, walk in self._walks.items() for line in (str(regime), *walk.lines())]
+        lines = []
+        for regime, walk in self._walks.items():
+            lines += [str(regime), *walk.lines(), *(self.mtp.lines(regime) if self.mtp is not None else ())]
+        return lines
 
     @property
     def block_names(self) -> tuple[str, ...]:

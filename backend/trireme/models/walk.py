@@ -28,9 +28,9 @@ class Walk:
         self.settle = None if build.last else Route(have[-1], home, collectives)
         self.leave = Route(home, edge, collectives)
 
-    def lines(self) -> Iterator[str]:
-        """Collectives in the order in which a step makes them: before each block, and inside it."""
-        yield from _line("enter", self.enter)
+    def lines(self, enter: str = "enter") -> Iterator[str]:
+        """Collectives in the order in which a step makes them: before each block, and inside it. `enter`: what the way in is called."""
+        yield from _line(enter, self.enter)
         for seam, block in self.blocks:
             yield from _line(block.name, seam.settle, seam.spread, *block.within(self.regime))
         if self.settle is not None:

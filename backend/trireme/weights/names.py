@@ -75,7 +75,8 @@ def _is_elsewhere(match: Match, params: Mapping[str, Param], blocks: tuple[str, 
         return False
     if match.target in params:
         return match.expert is not None and match.expert < params[match.target].whole[0]
-    near = match.target.partition(".")[0] if match.layer is None else f"layers.{match.layer}"
+    part, number, _ = match.target.partition("." if match.layer is None else f"layers.{match.layer}")
+    near = part if match.layer is None else part + number  # "head", "layers.3", "mtp.layers.0"
     return not any(f"{block}.".startswith(f"{near}.") for block in blocks)
 
 
