@@ -7,7 +7,7 @@ import typer
 from typer.testing import CliRunner
 
 from trireme.core.refusal import Refusal
-from trireme.core.settings import Settings
+from trireme.core.settings import Mtp, Settings
 from trireme_tools.settings_options import FLAGS, override, settings_options
 
 
@@ -27,7 +27,8 @@ def chosen_by(*words: str) -> dict:
 
 
 def test_every_setting_has_a_flag():
-    assert set(FLAGS) == set(Settings.__struct_fields__) - {"model"}
+    grouped = {f"mtp.{name}" for name in Mtp.__struct_fields__}
+    assert set(FLAGS) == set(Settings.__struct_fields__) - {"model", "mtp"} | grouped
 
 
 def test_only_what_was_said_is_chosen():
@@ -47,6 +48,17 @@ def test_only_what_was_said_is_chosen():
     }
     assert chosen_by(*words) == {"name": "x", **expected}
     assert chosen_by("--sp", "on")["sequence_parallel"] == "on"
+
+
+def test_a_group_of_settings_keeps_what_was_not_chosen():
+    chosen = chosen_by("--mtp", "2", "--no-mtp-adaptive")
+    assert chosen == {"name": "x", "mtp": {"num_tokens": 2, "adaptive": False}}
+    settings = override(Settings(model="m", mtp=Mtp(max_batch_size=7)), {"mtp": chosen["mtp"]})
+    assert settings.mtp == Mtp(num_tokens=2, adaptive=False, max_batch_size=7)
+    assert override(settings, {"mtp": chosen_by("--mtp", "0")["mtp"]}).mtp.num_tokens == 0
+    assert override(settings, {"async_depth": 2}).mtp == settings.mtp
+    with pytest.raises(Refusal, match="mtp asks for 99 drafts"):
+        override(settings, {"mtp": {"num_tokens": 99}})
 
 
 def test_a_bad_choice_is_refused_as_in_the_file():

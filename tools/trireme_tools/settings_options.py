@@ -1,4 +1,4 @@
-"""Settings as command-line options: one table, the same flags for `serve`, `repo`, `generate`, `trace` and `plan`. Runs nothing."""
+"""Settings as command-line options: one table, the same flags for every verb that serves, plans or computes. Runs nothing."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
+import msgspec
 import typer
 
 from trireme.core.refusal import Refusal
@@ -46,7 +47,7 @@ def _path(text: str) -> str:
     return str(Path(text).resolve())
 
 
-# every setting but `model`, which each verb takes in its own way
+# every setting but `model`, which each verb takes in its own way; a dot leads into a group of settings
 FLAGS = {
     "pipeline_parallel_size": Flag("pipeline stages", "--pp"),
     "tensor_parallel_size": Flag("ranks that share each layer of a stage", "--tp"),
@@ -73,6 +74,10 @@ FLAGS = {
     "gpu_memory_utilization": Flag("the part of a GPU's memory that a rank may fill"),
     "enforce_eager": Flag("no CUDA graphs"),
     "num_pages": Flag("exact number of pages, in place of bytes"),
+    "state_cache_memory_bytes": Flag("bytes of one rank's copies of states, for prefix reuse of hybrid models"),
+    "mtp.num_tokens": Flag("drafts of a sequence at the most, where the checkpoint has a head for them: 0 is off", "--mtp"),
+    "mtp.adaptive": Flag("fewer drafts where few are accepted", "--mtp-adaptive"),
+    "mtp.max_batch_size": Flag("running sequences above which none are drafted", "--mtp-max-batch-size"),
     "threads_per_rank": Flag("CPU threads of a rank (default: cores / ranks)"),
     "default_max_tokens": Flag("for requests that name none"),
     "request_timeout_s": Flag("seconds after which a request that names no deadline is ended"),
@@ -91,7 +96,8 @@ _NAMED_BY_PLACE = {
 
 
 def settings_options(verb: Callable[..., Any]) -> Callable[..., Any]:
-    """Gives `verb` an option for each setting; it gets those that the user set as `chosen: dict[str, Any]`."""
+    """Gives `verb` an option for each setting; it gets those that the user set as `chosen: dict[str, Any]`, as a settings file
+    has them."""
     return settings_options_of(*FLAGS)(verb)
 
 
@@ -101,13 +107,15 @@ def settings_options_of(*names: str) -> Callable[[Callable[..., Any]], Callable[
 
 
 def _with_options(verb: Callable[..., Any], flags: dict[str, Flag]) -> Callable[..., Any]:
-    hints = get_type_hints(Settings)
-    extra = [_option(name, flag, hints[name]) for name, flag in flags.items()]
+    extra = [_option(name, flag) for name, flag in flags.items()]
     own = inspect.signature(verb, eval_str=True)
 
     def command(**values: Any) -> Any:
-        given = {name: (flag.read, values.pop(name)) for name, flag in flags.items()}
-        chosen = {name: read(value) if read else value for name, (read, value) in given.items() if value is not None}
+        chosen: dict[str, Any] = {}
+        for name, flag in flags.items():
+            if (value := values.pop(_parameter(name))) is not None:
+                group, _, field = name.rpartition(".")
+                (chosen.setdefault(group, {}) if group else chosen)[field] = flag.read(value) if flag.read else value
         return verb(**values, chosen=chosen)
 
     keep = [parameter for name, parameter in own.parameters.items() if name != "chosen"]
@@ -121,14 +129,21 @@ def override(settings: Settings, chosen: dict[str, Any]) -> Settings:
     """The settings with what the user chose on the command line, checked again."""
     # those of a file name other stages or ranks
     outdated = dict.fromkeys(name for name, sizes in _NAMED_BY_PLACE.items() if sizes & set(chosen))
-    return revise(settings, outdated | chosen)
+    groups = {name: msgspec.structs.asdict(getattr(settings, name)) | value for name, value in chosen.items() if isinstance(value, dict)}
+    return revise(settings, outdated | chosen | groups)
 
 
-def _option(name: str, flag: Flag, hint: Any) -> inspect.Parameter:
+def _parameter(name: str) -> str:
+    return name.replace(".", "_")
+
+
+def _option(name: str, flag: Flag) -> inspect.Parameter:
     spelling = flag.name or f"--{name.replace('_', '-')}"
+    group, _, field = name.rpartition(".")
+    hint = get_type_hints(get_type_hints(Settings)[group] if group else Settings)[field]
     kinds = (bool, int, float) if flag.read is None else ()
     plain = next((kind for kind in kinds if kind is hint or kind in get_args(hint)), str)  # a str is checked by make_settings
     if plain is bool:
         spelling = f"{spelling}/--no-{spelling.removeprefix('--')}"
     option = typer.Option(spelling, help=flag.help, rich_help_panel="Settings", show_default=False)
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[plain | None, option])
+    return inspect.Parameter(_parameter(name), inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[plain | None, option])
