@@ -1,6 +1,6 @@
 """causal_conv in the Triton language: one program a tile of rows and channels, whatever items the rows are of."""
 
-# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 

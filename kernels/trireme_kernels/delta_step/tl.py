@@ -5,7 +5,7 @@ rows, and it convolves the channels of its query, key and values itself. The sec
 share, the inputs and what is held, when all have read it: a program for each item and block of channels.
 """
 
-# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 

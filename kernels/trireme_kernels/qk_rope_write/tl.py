@@ -124,23 +124,18 @@ def _turn(
     a = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(source + R // 2, mask=inside, other=0.0).to(tl.float32)
     kind = target.dtype.element_ty
-    if R < D:
-        c = tl.load(source_rest, mask=beside, other=0.0).to(tl.float32)
+    c = tl.load(source_rest, mask=beside, other=0.0).to(tl.float32)
     if NORM:
-        squares = tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)
-        if R < D:
-            squares += tl.sum(c * c, axis=1)
+        squares = tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1) + tl.sum(c * c, axis=1)
         scale = tl.rsqrt(squares / D + eps)[:, None]
         a = _scaled(a * scale, weight + low, half, kind)
         b = _scaled(b * scale, weight + R // 2 + low, half, kind)
-        if R < D:
-            c = _scaled(c * scale, weight + R + rest, resting, kind)
+        c = _scaled(c * scale, weight + R + rest, resting, kind)
     cos = tl.load(angles + low, mask=half, other=0.0)[None, :]
     sin = tl.load(angles + R // 2 + low, mask=half, other=0.0)[None, :]
     tl.store(target, (a * cos - b * sin).to(kind), mask=inside)
     tl.store(target + R // 2, (b * cos + a * sin).to(kind), mask=inside)
-    if R < D:
-        tl.store(target_rest, c.to(kind), mask=beside)
+    tl.store(target_rest, c.to(kind), mask=beside)
 
 
 @triton.jit
