@@ -11,7 +11,7 @@ import torch
 
 from plans.test_plans import NUM_TOKENS, PROMPTS
 from plans.whole import emissions_of, tokens_of
-from tiny import FAMILIES, MOE_FAMILIES, greedy_tokens, prompt_logits, tiny_checkpoint
+from tiny import FAMILIES, HYBRID_FAMILIES, MOE_FAMILIES, greedy_tokens, prompt_logits, tiny_checkpoint
 from trireme.core.request import Request, Sampling
 from trireme.core.settings import Settings, make_settings
 from trireme.core.step import FED, Open, Step, ints
@@ -21,11 +21,13 @@ from trireme_tools import offline
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
+EVERY = (*FAMILIES, *MOE_FAMILIES, *HYBRID_FAMILIES)
+
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("checkpoints")
-    return {family: tiny_checkpoint(root / family, family, num_hidden_layers=4) for family in (*FAMILIES, *MOE_FAMILIES)}
+    return {family: tiny_checkpoint(root / family, family, num_hidden_layers=4) for family in EVERY}
 
 
 def settings(folder: Path, **values) -> Settings:
@@ -39,7 +41,7 @@ def greedy(prompts: list[list[int]]) -> list[Request]:
     ]
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *MOE_FAMILIES])
+@pytest.mark.parametrize("family", EVERY)
 def test_tokens_are_those_of_transformers(pool, checkpoints, family):
     expected = greedy_tokens(checkpoints[family], PROMPTS, NUM_TOKENS)
     with offline.running(settings(checkpoints[family]), pool) as engine:
@@ -127,7 +129,7 @@ def decode(runner: Runner, temperature: float) -> list[int]:
     return [token for each in pending for token in np.frombuffer(each.finish()[0].tokens, np.int32).tolist()]
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "qwen3_5"])
 def test_steps_are_launched_without_waiting(checkpoints, family):
     told = []
     for eager in (False, True):

@@ -28,7 +28,7 @@ PLANS = {
     "one": {},
     "one, chunks of 16": {"async_depth": 0, "max_num_batched_tokens": 16},
     "one, depth 2, few pages": {"async_depth": 2, "num_pages": 20, "max_num_batched_tokens": 48},
-    "one, two snapshots": {"state_cache_memory_bytes": 20_000},
+    "one, few snapshots": {"state_cache_memory_bytes": 16_000},
     "pp2": {"pipeline_parallel_size": 2, "async_depth": 2, "max_num_batched_tokens": 64},
     "pp2, a stage without attention, few pages": {"pipeline_parallel_size": 2, "layer_cut": [2, 3], "num_pages": 20},
     "pp3, a stage without states, tensor link": {"pipeline_parallel_size": 3, "layer_cut": [2, 1, 2], "link": "tensor"},

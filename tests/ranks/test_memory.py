@@ -6,8 +6,9 @@ import torch
 from trireme.core.refusal import Refusal
 from trireme.core.settings import make_settings
 from trireme.layers.block import PerRequest, PerToken
+from trireme.ranks import memory
 from trireme.ranks.graphs import buckets
-from trireme.ranks.memory import Room, Sizes, find_room, num_pages, num_snapshots
+from trireme.ranks.memory import Room, Sizes, check_states, find_room, num_pages, num_snapshots
 
 
 @pytest.mark.parametrize(
@@ -65,6 +66,43 @@ def test_snapshots_are_as_many_as_slots_or_as_said(values, expected: int):
 def test_snapshots_are_fewer_than_slots_where_memory_is_short():
     sizes = Sizes(page=30, slot=1 << 28, snapshot=1 << 28)
     assert num_snapshots(room_of(sizes, max_num_seqs=64), sizes) == 4
+
+
+GIB = 1 << 30
+
+
+@pytest.fixture
+def gpu(monkeypatch) -> torch.device:
+    """100 GiB: 40 of weights, 8 of states, and what steps need."""
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 48 * GIB)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (50 * GIB, 100 * GIB))
+    monkeypatch.setattr(memory, "_peak", lambda compute, device: 4 * GIB)
+    return torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("values", "snapshots", "pages"),
+    [
+        ({}, 8, 28),  # as many as slots
+        ({"max_num_seqs": 16}, 9, 27),  # a quarter of what is left
+        ({"state_cache_memory_bytes": 20 * GIB}, 20, 16),
+        ({"kv_cache_memory_bytes": 5 * GIB}, 8, 5),
+        ({"enable_prefix_caching": False}, 0, 36),
+    ],
+)
+def test_what_a_gpu_has_left_is_snapshots_and_pages(gpu, values, snapshots: int, pages: int):
+    settings = make_settings({"model": "m", "max_num_seqs": 8, **values})
+    room = find_room(settings, gpu, Sizes(GIB, GIB, GIB), largest=never, decode=never, num_graphs=0)
+    assert room.weights == (48 - settings.max_num_seqs) * GIB
+    assert (room.snapshots // GIB, num_pages(room, Sizes(GIB, GIB, GIB), settings, 0)) == (snapshots, pages)
+    assert f"states {settings.max_num_seqs}.00 GiB" in str(room)
+
+
+def test_states_that_a_gpu_cannot_hold_are_refused(gpu):
+    sizes = Sizes(GIB, GIB, GIB)
+    check_states(make_settings({"model": "m", "max_num_seqs": 50}), gpu, sizes, 1)
+    with pytest.raises(Refusal, match=r"stage_1 has no room for the states of 51 sequences.*lower max_num_seqs"):
+        check_states(make_settings({"model": "m", "max_num_seqs": 51}), gpu, sizes, 1)
 
 
 def test_a_stage_that_keeps_no_pages_is_never_the_one_with_the_fewest():
