@@ -26,6 +26,7 @@ class Item(NamedTuple):
     samples: int = 0
     replays: int = 0
     holds: bool = False
+    next: int = 0  # the token after the last row, where that is not sampled
 
 
 class ByHand:
@@ -50,9 +51,11 @@ class ByHand:
         self._opens.append(Open(slot, Sampling(**{"max_tokens": 99, "temperature": 0.0, **sampling}), len(prompt), ints(prompt)))
         self._writes += [(slot, index, page) for index, page in enumerate(pages)]
 
-    def step(self, *items: Item, restores: Sequence[tuple[int, int]] = (), saves: Sequence[tuple[int, int]] = ()) -> Outcome:
+    def step(
+        self, *items: Item, restores: Sequence[tuple[int, int]] = (), saves: Sequence[tuple[int, int]] = (), drafts: int = 0
+    ) -> Outcome:
         """What the last stage answers."""
-        slots, starts, tokens, samples, replays, holds = zip(*items, strict=True)
+        slots, starts, tokens, samples, replays, holds, nexts = zip(*items, strict=True)
         step = Step(
             0,
             self._number,
@@ -67,6 +70,8 @@ class ByHand:
             holds=ints(holds),
             restores=ints(restores),
             saves=ints(saves),
+            nexts=ints(nexts),
+            drafts=drafts,
         )
         self._number += 1
         self._opens, self._writes = [], []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from trireme.core.batch import Batch, Items
+from trireme.core.batch import Attend, Batch, Items
 from trireme.core.control import Answer
 from trireme.core.devices import place_ranks
 from trireme.core.log import logger
@@ -19,7 +19,7 @@ from trireme.core.request import Logprobs, Sampling
 from trireme.core.settings import Settings
 from trireme.core.step import PAGE, Clock, Open, Outcome, Step, array, ints
 from trireme.layers.block import Build, PerToken
-from trireme.models.decoder import Decoder
+from trireme.models.decoder import Computed, Decoder
 from trireme.models.registry import build_stage
 from trireme.models.spec import read_spec
 from trireme.parallel.context import Shared
@@ -28,6 +28,7 @@ from trireme.parallel.link import Link
 from trireme.parallel.plan import Plan
 from trireme.parallel.rehearsal import rehearse
 from trireme.parallel.vocabulary import CutLogits
+from trireme.ranks.drafter import Drafter
 from trireme.ranks.fed import FedTokens
 from trireme.ranks.graphs import Graphs, buckets, why_none
 from trireme.ranks.logprobs import Prompts, Stretch
@@ -175,16 +176,19 @@ class Runner:
 
         self._states.restore(step.restores)
         stretches = self._prompts.stretches(rows)
-        if self._graphs and rows.only_decodes and not stretches:
+        batch = None
+        if self._graphs and rows.only_decodes and not stretches and not step.drafts:
             computed = self._graphs.run(rows, self._table_of(rows.slots, rows.ends), received)
         else:
             head_rows = np.concatenate([rows.sampled, *(stretch.rows for stretch in stretches)])
-            computed = self._decoder.forward(self._batch(rows, deal, head_rows), deal, received)
+            batch = self._batch(rows, deal, head_rows, self._plan_attention(rows, deal))
+            computed = self._decoder.forward(batch, deal, received)
         carries, read = None, Outcome
         if self._is_last:
             logits = CutLogits(computed.rows, self._vocab_size, self._along_vocabulary)
             sampled = self._sample(step, rows, logits) if len(rows.sampled) else None
-            read = self._describe(sampled, stretches, logits)
+            drafts = self._draft(step, rows, deal, batch, computed, sampled)
+            read = self._describe(sampled, drafts, stretches, logits)
         else:
             carries = self._joined.send(computed.rows)
         self._states.save(step.saves)
@@ -215,10 +219,15 @@ class Runner:
                 self._fed.owe(step.number, rows.owners[rows.sampled], rows.feeds, tokens)
         return self._joined.receive(self._decoder.num_edge_rows(deal), carried)
 
-    def _batch(self, rows: Rows, deal: Deal, head_rows: np.ndarray) -> Batch:
-        """This rank's part of a step. A chunk of an item sees the item's keys up to the chunk's own end."""
-        mine, chunks = deal.own(), deal.chunks
+    def _plan_attention(self, rows: Rows, deal: Deal) -> Mapping[int, Attend]:
+        """A chunk of an item sees the item's keys up to the chunk's own end."""
+        chunks = deal.chunks
         ends = (rows.starts[chunks.items] + chunks.begins + chunks.counts).astype(np.int32)
+        return self._decoder.plan_attention(chunks.counts.astype(np.int32), ends, self._table_of(rows.slots[chunks.items], ends))
+
+    def _batch(self, rows: Rows, deal: Deal, head_rows: np.ndarray, attention: Mapping[int, Attend]) -> Batch:
+        """This rank's part of a step."""
+        mine = deal.own()
         context = [deal.own(rank) for rank in self._context] if deal.regime.cp else []
         tokens, positions, pages, owners, heads, shared, slots, fresh = upload(
             [
@@ -237,7 +246,7 @@ class Runner:
             tokens=self._fed.fill(tokens, owners) if self._is_first and rows.fed.any() else tokens,
             positions=positions,
             pages=pages,
-            attention=self._decoder.plan_attention(chunks.counts.astype(np.int32), ends, self._table_of(rows.slots[chunks.items], ends)),
+            attention=attention,
             shared=Shared([len(own) for own in context], shared) if context else None,
             caches=self._caches,
             head_rows=heads,
@@ -266,11 +275,24 @@ class Runner:
         ends = np.cumsum(rows.samples)
         return [(int(ends[item]) - 1, ids) for item, ids in step.bans]
 
-    def _describe(self, sampled: Sampled | None, stretches: list[Stretch], logits: CutLogits) -> Callable[..., Outcome]:
+    def _draft(
+        self, step: Step, rows: Rows, deal: Deal, batch: Batch | None, computed: Computed, sampled: Sampled | None
+    ) -> torch.Tensor | None:
+        """What the head that drafts, if there is one, makes of a step: int32 [items that sample, Step.drafts]. A step that a graph
+        computed has no batch, and asks for none."""
+        if self._drafter is None or computed.normed is None:
+            return None
+        batch = batch or self._batch(rows, deal, rows.sampled, {})
+        return self._drafter.draft(step, rows, deal, batch, computed.normed, None if sampled is None else sampled.tokens)
+
+    def _describe(
+        self, sampled: Sampled | None, drafts: torch.Tensor | None, stretches: list[Stretch], logits: CutLogits
+    ) -> Callable[..., Outcome]:
         """Compute what was asked of logprobs. What is returned makes the outcome, once the device has come so far."""
         tokens = described = None
         if sampled is not None:
             tokens, described = download(sampled.tokens.to(torch.int32)), sampled.describe()
+        drafts = None if drafts is None else download(drafts)
         told, at = [], 0 if tokens is None else len(tokens)
         for stretch in stretches:
             told.append(stretch.describe(logits.select(slice(at, at + len(stretch.rows)))))
@@ -288,6 +310,7 @@ class Runner:
                 logprobs=logprobs,
                 prompt_logprobs=[stretch.tell(values) for stretch, values in zip(stretches, told, strict=True)],
                 clock=clock,
+                drafts=b"" if drafts is None else drafts.numpy().tobytes(),
             )
 
         return read
@@ -339,10 +362,14 @@ class Runner:
     def _allocate(self, num_pages: int, num_snapshots: int) -> None:
         """The caches of all blocks, in place of those there were, which are freed first."""
         num_slots, pools = self._settings.max_num_seqs, []
-        self._caches, self._states = [], States(pools, num_slots)
-        for keep in self._decoder.keeps:
+        self._caches, self._states, self._drafter = [], States(pools, num_slots), None
+        head = self._decoder.mtp
+        if head is not None:
+            self._drafter = Drafter(self._decoder, head, self._caches, num_pages, self._page_table)
+        for number, keep in enumerate(self._decoder.keeps):
             if isinstance(keep, PerToken):
-                self._caches.append(keep.allocate(num_pages, self._device))
+                spare = num_slots if head is not None and head.attention.cache == number else 0
+                self._caches.append(keep.allocate(num_pages + spare, self._device))
             else:
                 inputs, states, held = keep.allocate(num_slots, num_snapshots, self._num_held, self._device)
                 self._caches.append((inputs, states, held))
@@ -363,15 +390,19 @@ class Runner:
             tokens=ints(np.zeros(counts.sum())),
             replays=ints(counts) if hold else zeros,
             holds=ones if hold else zeros,
+            nexts=ints(np.full(num_items, -1)),
+            drafts=self._decoder.build.plan.mtp,
         )
         rows = lay_out(step, self._page_table)
         deal = Deal(self._decoder.build.plan, self._decoder.build.rank, rows.counts, step.regime, self._device)
         edge = torch.zeros(self._decoder.num_edge_rows(deal), self.hidden, dtype=self.dtype, device=self._device)
-        computed = self._decoder.forward(self._batch(rows, deal, rows.sampled), deal, None if self._is_first else edge)
+        batch = self._batch(rows, deal, rows.sampled, self._plan_attention(rows, deal))
+        computed = self._decoder.forward(batch, deal, None if self._is_first else edge)
         if self._is_last:
             for temperature in (0.0, 1.0):  # whatever is compiled at its first use is compiled before the first request
                 self._sampler.open(Open(0, Sampling(max_tokens=1, temperature=temperature), 1))
-                self._sample(step, rows, CutLogits(computed.rows, self._vocab_size, self._along_vocabulary))
+                sampled = self._sample(step, rows, CutLogits(computed.rows, self._vocab_size, self._along_vocabulary))
+                self._draft(step, rows, deal, batch, computed, sampled)
             self._sampler.clear()
 
 
