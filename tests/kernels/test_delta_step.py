@@ -52,7 +52,8 @@ class Layer:
         weight, log_decay, dt_bias = self.weights
         line = torch.cat((torch.zeros(KERNEL - 1, CHANNELS), rows[:, :CHANNELS]))
         q, k, v = convolve(line[None], weight).split((KEYS, KEYS, VALUES), dim=-1)
-        g, beta = gates(*rows[:, CHANNELS:].split(HEADS, dim=1), log_decay, dt_bias)
+        a, b = rows[:, CHANNELS:].split(HEADS, dim=1)
+        g, beta = gates(a, b, log_decay, dt_bias)
         state = torch.zeros(1, HEADS, KEY_DIM, VALUE_DIM)
         heads = (q.unflatten(-1, (-1, KEY_DIM)), k.unflatten(-1, (-1, KEY_DIM)), v.unflatten(-1, (-1, VALUE_DIM)))
         return recur(*heads, g[None], beta[None], state)[0], line[len(rows) :], state[0]

@@ -60,4 +60,5 @@ def unit(x: Tensor, num_heads: int) -> Tensor:  # [.., Hk, Dk] -> float32 [.., n
     """Heads of length one, each repeated for the value heads that share it."""
     wide = x.float()
     wide = wide * (wide.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
-    return wide.repeat_interleave(num_heads // x.shape[-2], dim=-2)
+    shared = num_heads // x.shape[-2]
+    return wide if shared == 1 else wide.unsqueeze(-2).expand(*x.shape[:-1], shared, -1).flatten(-3, -2)
