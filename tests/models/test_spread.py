@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from chained import Chained
-from tiny import FAMILIES, MOE_FAMILIES, prompt_logits, random_prompts, tiny_checkpoint
+from tiny import FAMILIES, HYBRID_FAMILIES, MOE_FAMILIES, prompt_logits, random_prompts, tiny_checkpoint
 from trireme.core.step import Regime
 from trireme.parallel.plan import Plan
 
@@ -27,7 +27,27 @@ MIXED = [
     Plan(layer_cut=(3, 2), tp=2, cp=2, ep=2, experts="dispatched"),
     Plan(layer_cut=(5,), tp=2, cp=2, ep=2, moe_dp=2, sp=True, experts="dispatched"),
 ]
-CASES = [*product(FAMILIES, DENSE), *product(MOE_FAMILIES, DENSE + MIXED)]
+HYBRID = [
+    Plan(layer_cut=(5,), tp=2),
+    Plan(layer_cut=(2, 1, 1, 1), tp=2, sp=True),
+    Plan(layer_cut=(3, 2), tp=4, sp=True),
+    Plan(layer_cut=(5,), cp=2),
+    Plan(layer_cut=(1, 4), cp=4),
+    Plan(layer_cut=(1, 3, 1), tp=2, cp=2, sp=True, whole_edges=True),
+]
+HYBRID_MIXED = [
+    Plan(layer_cut=(5,), cp=2, ep=2),
+    Plan(layer_cut=(3, 2), tp=2, cp=2, ep=4, sp=True),
+    Plan(layer_cut=(5,), tp=2, ep=2),
+    Plan(layer_cut=(5,), tp=4, ep=4),
+    Plan(layer_cut=(2, 3), tp=2, ep=2, sp=True, experts="dispatched"),
+]
+CASES = [
+    *product(FAMILIES, DENSE),
+    *product(MOE_FAMILIES, DENSE + MIXED),
+    *product(HYBRID_FAMILIES, HYBRID),
+    *product(HYBRID_FAMILIES[1:], HYBRID_MIXED),
+]
 
 
 @pytest.fixture(scope="module")
@@ -35,16 +55,21 @@ def checkpoints(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("checkpoints")
     for family in (*FAMILIES, *MOE_FAMILIES):
         tiny_checkpoint(directory / family, family, num_attention_heads=12, num_key_value_heads=2)
+    heads = {"num_attention_heads": 12, "num_key_value_heads": 2, "linear_num_key_heads": 4, "linear_num_value_heads": 8}
+    for family in HYBRID_FAMILIES:
+        tiny_checkpoint(directory / family, family, **heads)
     return directory
 
 
 @pytest.mark.parametrize(("family", "plan"), CASES, ids=str)
 def test_logits_are_transformers(family: str, plan: Plan, checkpoints: Path):
     checkpoint = checkpoints / family
-    first, second = random_prompts([37, 22])
-    wanted = torch.cat([prompt_logits(checkpoint, first[:30]), prompt_logits(checkpoint, second)])
-    later = prompt_logits(checkpoint, first)[30:]
+    """Two prompts in chunks, one of fewer rows than there are parts to cut it into, then rows that are not cut."""
+    prompts = random_prompts([45, 24])
+    wanted = [prompt_logits(checkpoint, prompt) for prompt in prompts]
     for regime in plan.regimes:
         chained = Chained(checkpoint, plan)
-        torch.testing.assert_close(chained.forward({0: first[:30], 1: second}, regime=regime), wanted, atol=1e-4, rtol=0)
-        torch.testing.assert_close(chained.forward({0: first[30:]}, regime=Regime(sp=regime.sp)), later, atol=1e-4, rtol=0)
+        for ends, each in (([0, 30], [0, 19]), regime), (([30, 39], [19, 21]), regime), (([39, 45], [21, 24]), Regime(sp=regime.sp)):
+            new = {i: prompt[slice(*end)] for i, (prompt, end) in enumerate(zip(prompts, ends, strict=True))}
+            rows = torch.cat([logits[slice(*end)] for logits, end in zip(wanted, ends, strict=True)])
+            torch.testing.assert_close(chained.forward(new, regime=each), rows, atol=1e-4, rtol=0)

@@ -1,5 +1,5 @@
 """Gated delta layers: a state for each request in place of keys and values. The recurrence itself and the convolution before it
-are ops; context parallelism of states is parallel/affine's."""
+are ops; what ranks along cp tell one another of their states is parallel/affine's."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ import numpy as np
 import torch
 
 from trireme.core.batch import Batch, Items
+from trireme.core.step import Regime
 from trireme.layers.block import Block, Build, PerRequest
 from trireme.layers.linear import Linear
 from trireme.layers.param import Param, by_groups, by_rows, norm_weight
+from trireme.parallel.affine import Pieces, Scan, corrected, nothing_done, widened
 from trireme.parallel.layout import SUM, lay
 from trireme_kernels.causal_conv.op import CausalConv
 from trireme_kernels.gated_delta.gates import gates
@@ -59,27 +61,37 @@ class GatedDeltaNet(Block):
             "value_dim": delta.value_dim,
         }
         self.step = build.choices("delta_step", **sizes)
-        self.chunks = Chunks(
-            build.choices("causal_conv", channels=channels), build.choices("gated_delta", **sizes), self.keeps, build.device
-        )
+        conv, rule = build.choices("causal_conv", channels=channels), build.choices("gated_delta", **sizes)
+        self.chunks = Chunks(conv, rule, self.keeps, build.device)
+        self.cut_chunks = None
+        if build.plan.cp > 1:
+            wide = build.choices("gated_delta", **sizes | {"value_dim": delta.value_dim + delta.key_dim})
+            self.cut_chunks = CutChunks(conv, wide, Scan(build.collectives.along("cp")), self.keeps, build.device)
         self.gated_norm = build.choices("gated_rms_norm", dim=delta.value_dim)
         self._split = [channels, num_heads * delta.value_dim, num_heads, num_heads]
         self._heads, self._eps = (num_heads, delta.value_dim), spec.eps
+
+    def within(self, regime: Regime) -> tuple[str, ...]:
+        return ("all_gather cp",) * 2 if regime.cp else ()  # what the convolution sees, then states
 
     def forward(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
         items = batch.items
         assert items is not None, "a step says which items its states are of"
         qkv, z, b, a = self.proj(x).split(self._split, dim=1)
         weights = self.conv[:, 0], self.log_decay, self.dt_bias
-        read = self._advance(items)(qkv, a, b, *weights, *batch.caches[self.cache], items.slots, items.fresh)
+        read = self._advance(items, cut=batch.shared is not None)(qkv, a, b, *weights, *batch.caches[self.cache], items.slots, items.fresh)
         rows = self.gated_norm(read, z.unflatten(1, self._heads), self.out_norm, self._eps)
         return self.out(rows.flatten(1))
 
-    def _advance(self, items: Items) -> Advance:
+    def _advance(self, items: Items, cut: bool) -> Advance:
         """How the step's items advance: planned by the first layer of a stage, for all of them."""
         if self.step not in items.plans:
-            items.plans[self.step] = self._plan(items)
+            items.plans[self.step] = self._plan_cut(items) if cut else self._plan(items)
         return items.plans[self.step]
+
+    def _plan_cut(self, items: Items) -> Advance:
+        assert self.cut_chunks is not None and not items.replays.any() and not items.holds.any(), "a step of prompts alone is cut"
+        return partial(self.cut_chunks.run, plan=self.cut_chunks.plan(items.counts))
 
     def _plan(self, items: Items) -> Advance:
         many = (items.counts > max(_FEW_ROWS, self.keeps.window)) & (items.replays == 0) & ~items.holds
@@ -144,14 +156,67 @@ class Chunks:
         fresh: torch.Tensor,  # [I]
         plan: _ChunksPlan,
     ) -> torch.Tensor:  # [N, Hv, Dv]
-        keeps = self._keeps
-        left = inputs.index_select(0, slots).masked_fill_(fresh[:, None, None], 0)
-        initial = states.index_select(0, slots).masked_fill_(fresh[:, None, None, None], 0)
-        values = keeps.num_heads * keeps.value_dim
-        keys = (keeps.channels - values) // 2
-        q, k, v = self._conv.run(qkv, left, weight, plan.conv).split([keys, keys, values], dim=1)
-        q, k, v = q.unflatten(1, (-1, keeps.key_dim)), k.unflatten(1, (-1, keeps.key_dim)), v.unflatten(1, (-1, keeps.value_dim))
+        left, initial = _begun(inputs, slots, fresh), _begun(states, slots, fresh)
+        q, k, v = _heads(self._conv.run(qkv, left, weight, plan.conv), self._keeps)
         read, final = self._delta.run(q, k, v, *gates(a, b, log_decay, dt_bias), initial, plan.delta)
         inputs.index_copy_(0, slots, qkv.index_select(0, plan.last).view_as(left))
         states.index_copy_(0, slots, final)
         return read
+
+
+class _CutPlan(NamedTuple):
+    pieces: Pieces
+    conv: Any
+    delta: Any
+    nothing: torch.Tensor  # float32 [2 I, Hv, Dk, Dv + Dk]: every chunk begins with it
+
+
+class CutChunks:
+    """delta_step's signature for items of any size whose rows are cut zig-zag along cp, none of them held or replayed: qkv, a and
+    b are this rank's rows, while slots and pools are of whole items."""
+
+    def __init__(self, conv: CausalConv, wide: GatedDelta, scan: Scan, keeps: PerRequest, device: torch.device):
+        self._conv, self._wide, self._scan, self._keeps, self._device = conv, wide, scan, keeps, device
+
+    def plan(self, counts: np.ndarray) -> _CutPlan:
+        keeps, pieces = self._keeps, self._scan.plan(counts, self._keeps.window, self._device)
+        nothing = nothing_done(len(pieces.counts), keeps.num_heads, keeps.key_dim, keeps.value_dim, self._device)
+        return _CutPlan(pieces, self._conv.plan(pieces.counts), self._wide.plan(pieces.counts), nothing)
+
+    def run(
+        self,
+        qkv: torch.Tensor,  # [N, C]
+        a: torch.Tensor,  # [N, Hv]
+        b: torch.Tensor,  # [N, Hv]
+        weight: torch.Tensor,  # [C, K]
+        log_decay: torch.Tensor,  # [Hv]
+        dt_bias: torch.Tensor,  # [Hv]
+        inputs: torch.Tensor,  # [S, K - 1, C]
+        states: torch.Tensor,  # [S, Hv, Dk, Dv]
+        held: torch.Tensor,
+        slots: torch.Tensor,  # [I]
+        fresh: torch.Tensor,  # [I]
+        plan: _CutPlan,
+    ) -> torch.Tensor:  # [N, Hv, Dv]
+        left, initial = _begun(inputs, slots, fresh), _begun(states, slots, fresh)
+        lefts, last = self._scan.halo(qkv, left, plan.pieces)
+        q, k, v = _heads(self._conv.run(qkv, lefts, weight, plan.conv), self._keeps)
+        v = widened(v, self._keeps.key_dim)
+        read, done = self._wide.run(q, k, v, *gates(a, b, log_decay, dt_bias), plan.nothing, plan.delta)
+        before, final = self._scan.states(done, initial)
+        inputs.index_copy_(0, slots, last)
+        states.index_copy_(0, slots, final)
+        return corrected(read, before, plan.pieces.counts)
+
+
+def _begun(pool: torch.Tensor, slots: torch.Tensor, fresh: torch.Tensor) -> torch.Tensor:
+    """[S, ...] -> [I, ...], what items begin with."""
+    return pool.index_select(0, slots).masked_fill_(fresh.view(-1, *[1] * (pool.dim() - 1)), 0)
+
+
+def _heads(mixed: torch.Tensor, keeps: PerRequest) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """[N, C] -> queries, keys [N, Hk, Dk] and values [N, Hv, Dv]."""
+    values = keeps.num_heads * keeps.value_dim
+    keys = (keeps.channels - values) // 2
+    q, k, v = mixed.split([keys, keys, values], dim=1)
+    return q.unflatten(1, (-1, keeps.key_dim)), k.unflatten(1, (-1, keeps.key_dim)), v.unflatten(1, (-1, keeps.value_dim))
