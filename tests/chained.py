@@ -116,6 +116,10 @@ class Chained:
             rows = list(on_every_rank(self.plan.ranks, lambda rank: run(rank, stage, came[rank]), boards))  # noqa: B023
         return torch.cat(rows[: self.plan.tp], dim=1)
 
+    def restart(self, sequence: int) -> None:
+        """Its slot and pages are another sequence's now."""
+        self._lens[sequence] = 0
+
     def greedy(self, prompt: Sequence[int], max_tokens: int, sequence: int = 0, regime: Regime = Regime()) -> list[int]:
         """The prompt in one step, then token by token."""
         answer, new = [], list(prompt)

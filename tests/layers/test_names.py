@@ -14,6 +14,7 @@ NAMES = table("""
   layers.{i}.norm.weight                  -> layers.{i}.attn.norm
   layers.{i}.experts.{e}.{gate,up}.weight -> layers.{i}.mlp.gate_up  join gate up  stack e
   layers.{i}.experts.gate_up              -> layers.{i}.mlp.gate_up  holds gate up
+  layers.{i}.qk_proj                      -> layers.{i}.attn.qkv   join q k v      holds q k   interleaved
   lm_head                                 -> head.proj             tie model.embed_tokens
   *.inv_freq                              -> nothing
 """)
@@ -27,6 +28,20 @@ def test_a_module_carries_its_weight_and_bias():
 def test_a_tensor_may_be_named_itself():
     assert NAMES.find("layers.0.norm.weight") == [Match("layers.0.attn.norm", layer=0)]
     assert NAMES.find("layers.0.norm.bias") == []
+
+
+def test_a_tensor_may_hold_some_parts_and_interleave_their_units():
+    assert NAMES.find("layers.1.qk_proj.weight") == [Match("layers.1.attn.qkv.weight", (0, 1), layer=1, interleaved=True)]
+
+
+def test_a_model_inside_a_larger_one():
+    nested = NAMES.nested("model.", "model.language_model.")
+    for name in ("model.embed_tokens.weight", "model.language_model.embed_tokens.weight"):
+        assert nested.find(name) == [Match("embed.weight")]
+        assert nested.tied().find(name) == [Match("embed.weight"), Match("head.proj.weight")]
+    assert nested.find("lm_head.weight") == [Match("head.proj.weight")]
+    [head] = nested.tied().find("lm_head.weight")
+    assert head.twins == ("model.embed_tokens.weight", "model.language_model.embed_tokens.weight")
 
 
 def test_experts_are_stacked_or_whole():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from trireme.core.refusal import Refusal
 from trireme.layers.block import Build
-from trireme.layers.param import Param, Part, by_columns, by_heads, by_rows, by_slots, vocabulary
+from trireme.layers.param import Param, Part, by_columns, by_groups, by_heads, by_rows, by_slots, vocabulary
 from trireme.parallel.plan import Plan
 from trireme_kernels.choose import Choices
 
@@ -58,6 +58,25 @@ def test_the_pieces_of_a_joined_param():
     assert q == (run(6, 12, 0, 5), run(0, 6, 0, 5))
     assert k == (run(2, 4, 0, 5), run(6, 8, 0, 5))
     assert v == (run(2, 4, 0, 5), run(8, 10, 0, 5))
+
+
+def test_the_pieces_of_an_interleaved_tensor():
+    """Rank 1 of 2 of four groups, each with two rows of the first part and three of the second: a a b b b a a b b b ..."""
+    param = Param(build(tp=2, rank=1), (20, 5), by_groups("tp", 4, 2, 3))
+    assert param.tensor_shape((0, 1)) == (20, 5) and param.shape == (10, 5)
+    assert param.pieces((0, 1), interleaved=True) == [
+        (run(10, 12, 0, 5), run(0, 2, 0, 5)),
+        (run(15, 17, 0, 5), run(2, 4, 0, 5)),
+        (run(12, 15, 0, 5), run(4, 7, 0, 5)),
+        (run(17, 20, 0, 5), run(7, 10, 0, 5)),
+    ]
+
+
+def test_what_is_added_when_a_param_is_filled():
+    param = Param(build(), (3,), dtype=torch.float64, plus=1.0)
+    [piece] = param.pieces((0,))
+    assert param.fill(piece, torch.tensor([0.5, 0.0, -1.0])) == 24
+    assert param.tolist() == [1.5, 1.0, 0.0]
 
 
 def test_the_pieces_of_stacked_experts():

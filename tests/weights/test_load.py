@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from chained import Chained, build_decoder
-from tiny import FAMILIES, prompt_logits, random_prompts, tiny_checkpoint
+from tiny import FAMILIES, HYBRID_FAMILIES, prompt_logits, random_prompts, tiny_checkpoint, without_vision
 from trireme.core.refusal import Refusal
 from trireme.models.cost import rank_param_bytes
 from trireme.models.decoder import Decoder
@@ -29,21 +29,25 @@ def rewrite(directory: Path, change) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *HYBRID_FAMILIES])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("cut", [[5], [3, 2], [1, 2, 2]])
 def test_every_byte_is_used_once(family: str, tied: bool, cut: list[int], tmp_path: Path):
-    """Over all stages each tensor is read by one; a tied embedding by both ends."""
+    """Over all stages each tensor is read by one; a tied embedding by both ends. A tower that sees, and a head that is not wanted,
+    are read by none."""
     tiny_checkpoint(tmp_path, family, tie_word_embeddings=tied)
     manifests = [load_stage(tmp_path, cut, stage)[1] for stage in range(len(cut))]
     spec = build_decoder(tmp_path, cut, 0).build.spec
     whole = manifests[0].file_bytes
     twice = 4 * spec.vocab_size * spec.hidden if tied and len(cut) > 1 else 0
-    assert sum(manifest.used_bytes for manifest in manifests) == whole + twice
+    passed = ("model.visual.", "mtp.")
+    dropped = sum(tensor.nbytes for name, tensor in load_file(tmp_path / "model.safetensors").items() if name.startswith(passed))
+    assert (dropped > 0) == (family in HYBRID_FAMILIES)
+    assert sum(manifest.used_bytes for manifest in manifests) == whole - dropped + twice
     for stage, manifest in enumerate(manifests):
         expected = rank_param_bytes(spec, Plan(layer_cut=tuple(cut)), stage, 0, 4)
         assert manifest.read_bytes == manifest.used_bytes == manifest.param_bytes == expected
-        assert manifest.used_bytes + manifest.elsewhere_bytes == whole and manifest.dropped_bytes == 0
+        assert manifest.used_bytes + manifest.elsewhere_bytes == whole - dropped and manifest.dropped_bytes == dropped
 
 
 def test_shards_are_one_checkpoint(tmp_path: Path):
@@ -52,6 +56,32 @@ def test_shards_are_one_checkpoint(tmp_path: Path):
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
     prompt = random_prompts([12])[0]
     assert torch.equal(*(Chained(tmp_path / name, [2, 3]).forward({0: prompt}) for name in ("one", "many")))
+
+
+def test_a_model_inside_a_larger_one_is_the_model_alone(tmp_path: Path):
+    prompt = random_prompts([12])[0]
+    inside = Chained(tiny_checkpoint(tmp_path, "qwen3_5", tie_word_embeddings=True), [2, 3]).forward({0: prompt})
+    assert torch.equal(Chained(without_vision(tmp_path), [2, 3]).forward({0: prompt}), inside)
+
+
+def test_what_is_float32_stays_so_beside_bfloat16(tmp_path: Path):
+    """Decays, and norms that have one added: 1 + 2 ** -10 would be 1 in bfloat16."""
+    tiny_checkpoint(tmp_path, "qwen3_5")
+    norm = "model.language_model.layers.0.input_layernorm.weight"
+    rewrite(tmp_path, lambda tensors: tensors.update({norm: torch.full((48,), 2.0**-10)}))
+    decoder, _ = load_stage(tmp_path, [5], 0, dtype=torch.bfloat16)
+    params = dict(decoder.params())
+    wide = {name.partition(".")[2] or name for name, param in params.items() if param.dtype == torch.float32}
+    wide = {name.partition(".")[2] if name[0].isdigit() else name for name in wide}
+    assert wide == {"norm", "attn.norm", "attn.q_norm", "attn.k_norm", "mlp.norm", "delta.norm", "delta.log_decay", "delta.dt_bias"}
+    assert bool((params["layers.0.delta.norm"] == 1 + 2.0**-10).all())
+
+
+def test_dummy_norms_are_one(tmp_path: Path):
+    decoder = build_decoder(tiny_checkpoint(tmp_path, "qwen3_next"), [5], 0)
+    fill_dummy(decoder)
+    norms = [param for name, param in decoder.params() if name.endswith("norm")]
+    assert len(norms) == 5 * 2 + 2 * 2 + 3 + 1 and all(bool((norm == 1).all()) for norm in norms)
 
 
 def test_a_bfloat16_checkpoint_widens(tmp_path: Path):
@@ -131,6 +161,15 @@ def test_a_tied_checkpoint_without_its_embedding_is_refused_on_both_ends(tmp_pat
     for stage, target in enumerate(("embed.weight", "head.proj.weight")):
         with pytest.raises(Refusal, match=target):
             load_stage(tmp_path, [2, 3], stage)
+
+
+def test_a_tensor_of_another_kind_of_layer_is_left_over(tmp_path: Path):
+    """Layer 2 has attention: a delta layer's weights there are nobody's, on any stage."""
+    tiny_checkpoint(tmp_path, "qwen3_next")
+    name = "model.layers.2.linear_attn.out_proj.weight"
+    rewrite(tmp_path, lambda tensors: tensors.update({name: torch.zeros(48, 24)}))
+    with pytest.raises(Refusal, match=f"does not use: {name}"):
+        load_stage(tmp_path, [2, 3], 1)
 
 
 def test_another_shape_is_refused(tmp_path: Path):

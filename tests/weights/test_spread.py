@@ -21,6 +21,7 @@ from trireme.weights.reader import Checkpoint
 from weights.test_load import rewrite
 
 SIZES: dict[str, Any] = {"num_attention_heads": 12, "num_key_value_heads": 2}
+HYBRID_SIZES: dict[str, Any] = {**SIZES, "linear_num_key_heads": 4, "linear_num_value_heads": 8}
 PLANS = [
     Plan(layer_cut=(5,)),
     Plan(layer_cut=(5,), tp=2),
@@ -48,20 +49,30 @@ def copies(name: str, plan: Plan, shared_width: int) -> int:
         return plan.ranks // owing if shared_width % owing == 0 else plan.ranks
     if ".k_proj" in name or ".v_proj" in name:
         return plan.cp * max(1, plan.tp // SIZES["num_key_value_heads"])
-    if any(word in name for word in ("_proj", "embed_tokens", "lm_head")):
+    if any(word in name for word in ("_proj", "embed_tokens", "lm_head", "conv1d", "A_log", "dt_bias")):
         return plan.cp
     return plan.ranks  # norms, router, the shared expert's gate
 
 
-FORMS = [*product(("each", "fused", "shared"), PLANS), *(("dense", plan) for plan in PLANS if plan.ep * plan.moe_dp == 1)]
+FAMILIES = {
+    "each": "qwen3_moe",
+    "fused": "qwen3_moe",
+    "shared": "qwen2_moe",
+    "dense": "qwen2",
+    "inside": "qwen3_5_moe",
+    "interleaved": "qwen3_next",
+}
+FORMS = [
+    *product(("each", "fused", "shared", "inside", "interleaved"), PLANS),
+    *(("dense", plan) for plan in PLANS if plan.ep * plan.moe_dp == 1),
+]
 
 
 @pytest.mark.parametrize(("form", "plan"), FORMS, ids=str)
 def test_every_number_is_read_as_often_as_the_plan_says(form: str, plan: Plan, tmp_path: Path):
-    family = {"dense": "qwen2", "shared": "qwen2_moe"}.get(form, "qwen3_moe")
     shared: dict[str, Any] = {"shared_expert_intermediate_size": 35} if form == "shared" and plan.ep > 2 else {}
-    tiny_checkpoint(tmp_path, family, **SIZES, **shared)
-    if form in ("fused", "shared"):
+    tiny_checkpoint(tmp_path, FAMILIES[form], **(HYBRID_SIZES if form in ("inside", "interleaved") else SIZES), **shared)
+    if form in ("fused", "shared", "inside"):
         fuse_experts(tmp_path)
     read_bytes = 0
     with Checkpoint(tmp_path) as checkpoint:
@@ -69,20 +80,21 @@ def test_every_number_is_read_as_often_as_the_plan_says(form: str, plan: Plan, t
         for decoder in ranks(tmp_path, plan):
             params = dict(decoder.params())
             for use in sort(checkpoint.tensors, decoder, 5).uses:
-                for piece in params[use.target].pieces(use.parts, use.expert):
+                for piece in params[use.target].pieces(use.parts, use.expert, interleaved=use.interleaved):
                     times[use.tensor][piece.source] += 1
             manifest = load(decoder, tmp_path)
             assert manifest.param_bytes == manifest.read_bytes == sum(param.nbytes for param in params.values())
             read_bytes += manifest.read_bytes
     for name, each in times.items():
-        assert bool((each == copies(name, plan, shared.get("shared_expert_intermediate_size", 36))).all()), name
+        passed = name.startswith(("model.visual.", "mtp."))
+        assert bool((each == (0 if passed else copies(name, plan, shared.get("shared_expert_intermediate_size", 36)))).all()), name
     assert read_bytes == sum(4 * int(each.sum()) for each in times.values())
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 def test_dummy_weights_do_not_know_the_plan(plan: Plan, tmp_path: Path):
     """Each rank has its slices of what one rank has."""
-    tiny_checkpoint(tmp_path, "qwen2_moe", **SIZES)
+    tiny_checkpoint(tmp_path, "qwen3_next", **HYBRID_SIZES)
     one = build_decoder(tmp_path, [5], 0)
     whole = dict(one.params())
     fill_dummy(one, seed=3)
