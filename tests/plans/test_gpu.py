@@ -16,7 +16,8 @@ from trireme.core.request import Request, Sampling
 from trireme.core.settings import Settings, make_settings
 from trireme.core.step import FED, Open, Step, ints
 from trireme.parallel.link import SoloLink
-from trireme.ranks.runner import Runner, load_runner
+from trireme.ranks.load import load_runner
+from trireme.ranks.runner import Runner
 from trireme_tools import offline
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]

@@ -12,7 +12,7 @@ from trireme.core.request import Sampling
 from trireme.core.settings import make_settings
 from trireme.core.step import PAGE, Open, Outcome, Step, ints
 from trireme.parallel.link import TensorLink
-from trireme.ranks.runner import load_runner
+from trireme.ranks.load import load_runner
 
 NUM_SLOTS, MAX_LEN = 4, 128
 

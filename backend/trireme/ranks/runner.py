@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -12,20 +11,14 @@ import torch
 
 from trireme.core.batch import Attend, Batch, Items
 from trireme.core.control import Answer
-from trireme.core.devices import place_ranks
-from trireme.core.log import logger
-from trireme.core.refusal import Refusal
 from trireme.core.request import Logprobs, Sampling
 from trireme.core.settings import Settings
 from trireme.core.step import PAGE, Clock, Open, Outcome, Step, array, ints
-from trireme.layers.block import Build, PerToken
+from trireme.layers.block import PerToken
 from trireme.models.decoder import Computed, Decoder
-from trireme.models.registry import build_stage
-from trireme.models.spec import read_spec
 from trireme.parallel.context import Shared
 from trireme.parallel.deal import Deal
 from trireme.parallel.link import Link
-from trireme.parallel.plan import Plan
 from trireme.parallel.rehearsal import rehearse
 from trireme.parallel.vocabulary import CutLogits
 from trireme.ranks.drafter import Drafter
@@ -38,69 +31,7 @@ from trireme.ranks.sampler import Sampled, Sampler
 from trireme.ranks.staging import download, upload
 from trireme.ranks.states import States
 from trireme.ranks.stopwatch import Stopwatch
-from trireme.weights.load import fill_dummy, load
 from trireme_kernels.choose import Choices
-
-
-def load_runner(settings: Settings, stage: int, rank: int, progress: Callable[[str], None]) -> Runner:
-    """A rank's part of the model, ready to run. `progress` gets clauses for a user. Refusal where it cannot be loaded."""
-    torch.set_num_threads(settings.threads(settings.world))
-    model_dir = Path(settings.model)
-    spec = read_spec(model_dir)
-    plan = Plan.of(settings, spec)
-    device = _device(settings, stage, rank)
-    auto = "float32" if device.type == "cpu" else spec.dtype
-    dtype = getattr(torch, auto if settings.dtype == "auto" else settings.dtype)
-    choices = Choices(device.type, dtype)
-    log = logger(f"stage_{stage} rank {rank}")
-    decoder = build_stage(Build(spec, plan, stage, device, dtype, choices, rank=rank))
-    manifest = fill_dummy(decoder) if settings.load_format == "dummy" else load(decoder, model_dir, _in_percent(progress))
-    runner = Runner(
-        decoder,
-        settings,
-        stage,
-        device=device,
-        dtype=dtype,
-        hidden=spec.hidden,
-        vocab_size=spec.vocab_size,
-        max_model_len=settings.max_model_len or spec.max_position_embeddings,
-        choices=choices,
-        progress=progress,
-    )
-    log.info("loaded %s on %s; implementations:\n%s", manifest, device, choices.table())
-    kept = f"{runner.num_pages} pages" + ("" if runner.num_snapshots is None else f", {runner.num_snapshots} snapshots")
-    log.info("memory %s; %s; graphs: %s", runner.room, kept, runner.graphs)
-    return runner
-
-
-def _device(settings: Settings, stage: int, rank: int) -> torch.device:
-    """Where this rank computes, made current. A process sees all GPUs of its host and is told which is its own, since a worker
-    of a pool is one rank after another, and CUDA reads what the environment shows only once."""
-    placed = place_ranks(settings)
-    if placed is None:
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise Refusal(
-            f"torch {torch.__version__} finds no GPU, and this host has one",
-            why="it is a build for CPUs, or does not fit the driver",
-            fix="install a torch for CUDA where ranks run (TRIREME_PYTHON), or set device to cpu",
-        )
-    device = torch.device("cuda", placed[stage][rank])
-    torch.cuda.set_device(device)
-    return device
-
-
-def _in_percent(progress: Callable[[str], None]) -> Callable[[int, int], None]:
-    """Bytes read of bytes to read, told when another tenth is there."""
-    told = -1
-
-    def tell(read: int, to_read: int) -> None:
-        nonlocal told
-        if (tenth := 10 * read // max(1, to_read)) > told:
-            told = tenth
-            progress(f"is loading weights, {10 * tenth} %")
-
-    return tell
 
 
 class Pending(NamedTuple):
@@ -318,8 +249,7 @@ class Runner:
     @torch.inference_mode()
     def _make_room(self, max_model_len: int, graph_sizes: list[int], progress: Callable[[str], None]) -> None:
         """Find out how many pages and snapshots there is room for, take them, and capture graphs over them."""
-        settings, spec = self._settings, self._decoder.build.spec
-        num_drafts = settings.mtp.num_drafts(spec.num_mtp_layers)
+        settings, num_drafts = self._settings, self._decoder.build.plan.mtp
         self._num_held = 1 + num_drafts if num_drafts else 0
         sizes = Sizes.of(self._decoder.keeps, self._num_held)
         most_rows = min(settings.max_num_batched_tokens, settings.max_num_seqs * max_model_len)

@@ -66,7 +66,7 @@ def tie_to(leader: int) -> None:
 def serve(brief: Brief, channel: RankChannel, heart: Heart) -> None:
     """Load, then do the duty."""
     from trireme.ranks.duty import Duty  # seconds: torch
-    from trireme.ranks.runner import load_runner
+    from trireme.ranks.load import load_runner
 
     heart.tell(Beat("loading", "is loading"))
     try:
