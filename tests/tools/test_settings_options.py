@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from trireme.core.refusal import Refusal
 from trireme.core.settings import Mtp, Settings
-from trireme_tools.settings_options import FLAGS, override, settings_options
+from trireme_tools.settings_options import FLAGS, override, settings_of_words, settings_options
 
 
 def chosen_by(*words: str) -> dict:
@@ -83,3 +83,15 @@ def test_other_sizes_forget_the_devices_of_the_file():
     assert override(settings, {"tensor_parallel_size": 1}).devices is None
     assert override(settings, {"context_parallel_size": 1, "devices": [[2, 3]]}).devices == [[2, 3]]
     assert override(settings, {"async_depth": 2}).devices == [[0, 1]]
+
+
+def test_words_of_a_plan():
+    one = settings_of_words("one")
+    assert override(Settings(model="m"), one) == Settings(model="m", mtp=Mtp(num_tokens=0))
+    busy = override(Settings(model="m", tensor_parallel_size=4), settings_of_words("pp2 cp2 moe_dp2 ep2 sp dispatched tensor mtp3"))
+    sizes = (busy.pipeline_parallel_size, busy.tensor_parallel_size, busy.context_parallel_size, busy.expert_parallel_size)
+    assert sizes == (2, 1, 2, 2) and busy.moe_data_parallel_size == 2
+    assert (busy.sequence_parallel, busy.experts, busy.link, busy.mtp.num_tokens) == ("on", "dispatched", "tensor", 3)
+    for word in ("pp", "sp2", "xx4", "experts2", "2"):
+        with pytest.raises(Refusal, match="is no word of a plan"):
+            settings_of_words(f"tp2 {word}")

@@ -6,21 +6,19 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from trireme.core.refusal import Refusal
 from trireme.core.settings import Settings
 from trireme.serve.metrics import METRICS_PERIOD_S
 from trireme_tools.load import drive, summary
+from trireme_tools.progress import progress_bar
 from trireme_tools.scrape import between, read_page
 from trireme_tools.settings_options import settings_options
 from trireme_tools.workload import Ask, arrivals, make_workload, seqs256
@@ -66,7 +64,7 @@ def bench(
     asks = _asks(workload, requests, input_len, output_len, _vocab_size(settings.model), seed)
     asks = [replace(ask, temperature=temperature) for ask in asks]
     report: dict[str, Any] = {"machine": _machine(), "workload": _describe(asks)}
-    with _progress(console, "trireme", len(asks)) as tick:
+    with progress_bar(console, "trireme", len(asks)) as tick:
         if offline:
             from trireme_tools.offline import measure
 
@@ -82,7 +80,7 @@ def bench(
     if peer:
         from trireme_tools.peer import generate_batches
 
-        with _progress(console, peer, len(asks)) as tick:
+        with progress_bar(console, peer, len(asks)) as tick:
             report[peer] = generate_batches(settings.model, asks, concurrency, tick)
         report["speedup"] = report["trireme"]["output_tokens_per_s"] / report[peer]["output_tokens_per_s"]
     _save(output, report, records)
@@ -123,13 +121,6 @@ def _vocab_size(model: str) -> int:
 
 def _machine() -> dict[str, Any]:
     return {"cores": len(os.sched_getaffinity(0)), "processor": platform.machine(), "when": time.strftime("%Y-%m-%d %H:%M")}
-
-
-@contextmanager
-def _progress(console: Console, name: str, total: int) -> Iterator[Callable[[int], None]]:
-    with Progress(TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console) as progress:
-        task = progress.add_task(name, total=total)
-        yield lambda count: progress.advance(task, count)
 
 
 def _save(output: Path, report: dict[str, Any], records: list) -> None:

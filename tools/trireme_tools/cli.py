@@ -7,7 +7,7 @@ import sys
 import typer
 
 from trireme.core.refusal import Refusal
-from trireme_tools import bench, chat, demo, fetch_demo, generate, plan, repo, serve, trace, train
+from trireme_tools import bench, chat, demo, evaluate, fetch_demo, generate, plan, repo, serve, trace, train
 
 
 def build() -> typer.Typer:
@@ -19,6 +19,7 @@ def build() -> typer.Typer:
         pretty_exceptions_enable=False,  # a fault of ours shows a plain traceback
     )
     app.command("fetch-demo")(fetch_demo.fetch_demo)
+    app.command("eval")(evaluate.evaluate)
     for verb in (demo.demo, serve.serve, chat.chat, generate.generate, bench.bench, trace.trace, plan.plan, repo.repo, train.train):
         app.command()(verb)
     app.callback()(_anchor)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import subprocess
 import sys
 import time
@@ -11,13 +10,12 @@ import time
 from rich.console import Console
 from rich.syntax import Syntax
 
-from trireme.core.refusal import Refusal
 from trireme_tools.chat import answer
 from trireme_tools.fetch_demo import fetch_demo
 from trireme_tools.home import project_home
 from trireme_tools.serve import backend_directory, ready_line, settings_of
 from trireme_tools.server_home import Ports, find_server
-from trireme_tools.supervisor import Supervisor, check_ports
+from trireme_tools.supervisor import Supervisor, open_ports
 
 _QUESTION = "What is the capital of France, and what is it known for?"
 
@@ -74,7 +72,7 @@ def demo() -> None:
             repository=project_home() / "model_repository",
             settings=settings_of(None, {}),
             backend_dir=backend_directory(),
-            ports=_ports(),
+            ports=open_ports(),
             log=file,
             news=lambda reason: status.update(f"starting tritonserver: {reason}"),
         )
@@ -101,16 +99,3 @@ def _show(console: Console, ports: Ports) -> None:
         console.print(Syntax(text, lexer, background_color="default", word_wrap=False))
         console.print("[dim]answers[/dim]")
         subprocess.run([*argv, text], check=True, timeout=120)
-
-
-def _ports() -> Ports:
-    """The usual ports, or free ones where a server of the user's is up."""
-    usual = Ports()
-    try:
-        check_ports(usual)
-        return usual
-    except Refusal:
-        with socket.socket() as http, socket.socket() as grpc, socket.socket() as metrics:
-            for probe in (http, grpc, metrics):
-                probe.bind((usual.address, 0))
-            return Ports(*(probe.getsockname()[1] for probe in (http, grpc, metrics)))

@@ -30,7 +30,7 @@ def read_page(url: str) -> Page:
     return page
 
 
-def between(before: Page, after: Page, seconds: float) -> dict[str, float | dict[str, float]]:
+def between(before: Page, after: Page, seconds: float) -> dict[str, float | dict[str, float] | None]:
     """Steps and hops of `seconds` seconds, and each stage's share of them spent computing and the steps it put in order."""
     grown = {key: value - before.get(key, 0.0) for key, value in after.items()}
     steps, hops = grown.get(("steps", ""), 0.0), grown.get(("bls_hop_seconds_count", ""), 0.0)
@@ -41,6 +41,13 @@ def between(before: Page, after: Page, seconds: float) -> dict[str, float | dict
         "bls_hop_ms": 1e3 * grown.get(("bls_hop_seconds_sum", ""), 0.0) / hops if hops else 0.0,
         "preemptions": grown.get(("preemptions", ""), 0.0),
         "faults": grown.get(("faults", ""), 0.0),
+        "acceptance_length": acceptance_length(before, after),
         "stage_busy_share": {stage: grown[("stage_busy_seconds", stage)] / seconds for stage in stages},
         "stage_reordered_steps": {stage: grown.get(("stage_reordered_steps", stage), 0.0) for stage in stages},
     }
+
+
+def acceptance_length(before: Page, after: Page) -> float | None:
+    """Mean tokens that a sequence got from a step that verified drafts of it; None where none did."""
+    verified, accepted = (after.get((name, ""), 0.0) - before.get((name, ""), 0.0) for name in ("mtp_verifications", "mtp_accepted_tokens"))
+    return 1.0 + accepted / verified if verified else None

@@ -13,6 +13,7 @@ import typer
 
 from trireme.core.refusal import Refusal
 from trireme.core.settings import Settings, revise
+from trireme.models.planner import SETTINGS
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,15 @@ FLAGS = {
 }
 
 
+_SIZES = ("pp", "tp", "cp", "ep", "moe_dp")  # words of a plan that end in a number
+# those that stand alone
+_WORDS: dict[str, dict[str, Any]] = {
+    "one": {},
+    "sp": {"sequence_parallel": "on"},
+    "dispatched": {"experts": "dispatched"},
+    "tensor": {"link": "tensor"},
+}
+
 # settings that list stages or ranks -> the sizes they must fit
 _NAMED_BY_PLACE = {
     "layer_cut": {"pipeline_parallel_size"},
@@ -131,6 +141,25 @@ def override(settings: Settings, chosen: dict[str, Any]) -> Settings:
     outdated = dict.fromkeys(name for name, sizes in _NAMED_BY_PLACE.items() if sizes & set(chosen))
     groups = {name: msgspec.structs.asdict(getattr(settings, name)) | value for name, value in chosen.items() if isinstance(value, dict)}
     return revise(settings, outdated | chosen | groups)
+
+
+def settings_of_words(plan: str) -> dict[str, Any]:
+    """What a plan's words choose, as a Plan prints itself: "pp2 tp2 sp mtp3"; "one" is one rank. What they do not name is one or off."""
+    chosen: dict[str, Any] = {SETTINGS[size]: 1 for size in _SIZES}
+    chosen |= {"sequence_parallel": "off", "experts": "gathered", "mtp": {"num_tokens": 0}}
+    for word in plan.split():
+        name = word.rstrip("0123456789")
+        number = word.removeprefix(name)
+        if word in _WORDS:
+            chosen |= _WORDS[word]
+        elif name == "mtp" and number:
+            chosen["mtp"] = {"num_tokens": int(number)}
+        elif name in _SIZES and number:
+            chosen[SETTINGS[name]] = int(number)
+        else:
+            why = f"a plan is said in {', '.join(_WORDS)}, and {', '.join(_SIZES)} or mtp with a number"
+            raise Refusal(f"{word!r} is no word of a plan", why=why, fix='write --plan "pp2 tp2 sp"')
+    return chosen
 
 
 def _parameter(name: str) -> str:

@@ -214,6 +214,19 @@ def check_ports(ports: Ports) -> None:
                 raise Refusal(f"{name} port {port} is taken", why=error.strerror or str(error), fix=fix) from None
 
 
+def open_ports() -> Ports:
+    """The usual ports, or free ones where another server is up."""
+    usual = Ports()
+    try:
+        check_ports(usual)
+        return usual
+    except Refusal:
+        with socket.socket() as http, socket.socket() as grpc, socket.socket() as metrics:
+            for probe in (http, grpc, metrics):
+                probe.bind((usual.address, 0))
+            return Ports(*(probe.getsockname()[1] for probe in (http, grpc, metrics)))
+
+
 def _die_with_parent() -> None:
     """Runs in the child before exec: a supervisor that is killed takes its server along, cleanly."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
