@@ -110,7 +110,8 @@ def test_hybrid_ranks_hold_the_bytes_that_the_model_says(family: str, tied: bool
     sizes = {"intermediate_size": 90, "moe_intermediate_size": 24, "linear_num_key_heads": 6, "linear_num_value_heads": 12}
     spec = spec_of(family, tie_word_embeddings=tied, **sizes)
     assert [spec.linear[layer] for layer in (0, 4)] == [True, False]
-    check_bytes(spec, Plan(**plan), dtype)
+    for mtp in (0, 3):
+        check_bytes(spec, Plan(**plan, mtp=mtp), dtype)
 
 
 def test_each_of_two_stages_has_half_of_35b():

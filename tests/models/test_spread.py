@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,7 +57,7 @@ def checkpoints(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("checkpoints")
     for family in (*FAMILIES, *MOE_FAMILIES):
         tiny_checkpoint(directory / family, family, num_attention_heads=12, num_key_value_heads=2)
-    heads = {"num_attention_heads": 12, "num_key_value_heads": 2, "linear_num_key_heads": 4, "linear_num_value_heads": 8}
+    heads: dict[str, Any] = {"num_attention_heads": 12, "num_key_value_heads": 2, "linear_num_key_heads": 4, "linear_num_value_heads": 8}
     for family in HYBRID_FAMILIES:
         tiny_checkpoint(directory / family, family, **heads)
     return directory
@@ -70,6 +72,6 @@ def test_logits_are_transformers(family: str, plan: Plan, checkpoints: Path):
     for regime in plan.regimes:
         chained = Chained(checkpoint, plan)
         for ends, each in (([0, 30], [0, 19]), regime), (([30, 39], [19, 21]), regime), (([39, 45], [21, 24]), Regime(sp=regime.sp)):
-            new = {i: prompt[slice(*end)] for i, (prompt, end) in enumerate(zip(prompts, ends, strict=True))}
+            new: dict[int, Sequence[int]] = {i: prompt[slice(*end)] for i, (prompt, end) in enumerate(zip(prompts, ends, strict=True))}
             rows = torch.cat([logits[slice(*end)] for logits, end in zip(wanted, ends, strict=True)])
             torch.testing.assert_close(chained.forward(new, regime=each), rows, atol=1e-4, rtol=0)

@@ -70,10 +70,35 @@ def test_dispatched_rows_go_and_come_back():
     assert wire == (2 * 3 + 2, pytest.approx(exchanged + kept))
 
 
-@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_states_along_cp_have_one_size():
+    """Four layers of the delta rule of five, on four ranks. Each sends three others what two chunks of each of three items do to
+    any state, and the last three inputs of their convolution."""
+    spec = spec_of("qwen3_5", layer_types=["linear_attention"] * 4 + ["full_attention"])
+    item = 4 * 10 * (6 + 10) * 4 + 3 * (2 * 2 * 10 + 4 * 6) * 4
+    for rows in (64, 640):
+        wire = stage_wire(spec, Plan(layer_cut=(5,), cp=4), 0, rows, Regime(cp=True), 4, num_items=3)
+        kept = 3 / 4 * rows * 2 * 3 * 20 * 4
+        assert wire == (4 * 2 + 1 + 1, pytest.approx(4 * 3 * 2 * 3 * item + kept + 3 / 4 * rows * 48 * 4))
+
+
+HYBRID_PLANS = [
+    Plan(layer_cut=(1, 3, 1), tp=3, sp=True),
+    Plan(layer_cut=(2, 3), tp=3, cp=2, sp=True, mtp=2),
+    Plan(layer_cut=(5,), tp=3, mtp=1),
+    Plan(layer_cut=(2, 3), tp=3, sp=True, whole_edges=True, mtp=3),
+    Plan(layer_cut=(5,), cp=4, ep=4, mtp=3),
+    Plan(layer_cut=(2, 3), cp=2, ep=2, experts="dispatched", mtp=3),
+]
+
+
+@pytest.mark.parametrize("plan", PLANS + HYBRID_PLANS, ids=str)
 def test_the_collectives_are_the_decoders(plan: Plan):
-    family = "qwen3_moe" if plan.ep > 1 or plan.moe_dp > 1 else "qwen3"
-    spec = spec_of(family, intermediate_size=90, num_attention_heads=12, num_key_value_heads=6)
+    has_experts, sizes = plan.ep > 1 or plan.moe_dp > 1, {"intermediate_size": 90, "num_attention_heads": 12, "num_key_value_heads": 6}
+    if plan in HYBRID_PLANS:
+        family = "qwen3_5_moe" if has_experts else "qwen3_5"
+        spec = spec_of(family, **sizes, linear_num_key_heads=6, linear_num_value_heads=6)
+    else:
+        spec = spec_of("qwen3_moe" if has_experts else "qwen3", **sizes)
     for stage in range(plan.pp):
         collectives = collectives_of(empty_stage(spec, plan, stage, 0).schedule())
         for regime in plan.regimes:

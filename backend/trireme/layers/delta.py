@@ -69,7 +69,7 @@ class GatedDeltaNet(Block):
             self.cut_chunks = CutChunks(conv, wide, Scan(build.collectives.along("cp")), self.keeps, build.device)
         self.gated_norm = build.choices("gated_rms_norm", dim=delta.value_dim)
         self._split = [channels, num_heads * delta.value_dim, num_heads, num_heads]
-        self._heads, self._eps = (num_heads, delta.value_dim), spec.eps
+        self._heads, self._eps, self._few_rows = (num_heads, delta.value_dim), spec.eps, max(_FEW_ROWS, window)
 
     def within(self, regime: Regime) -> tuple[str, ...]:
         return ("all_gather cp",) * 2 if regime.cp else ()  # what the convolution sees, then states
@@ -94,7 +94,7 @@ class GatedDeltaNet(Block):
         return partial(self.cut_chunks.run, plan=self.cut_chunks.plan(items.counts))
 
     def _plan(self, items: Items) -> Advance:
-        many = (items.counts > max(_FEW_ROWS, self.keeps.window)) & (items.replays == 0) & ~items.holds
+        many = (items.counts > self._few_rows) & (items.replays == 0) & ~items.holds
         ends, edges = np.cumsum(items.counts), [0, *np.flatnonzero(np.diff(many)) + 1, len(many)]
         stretches = []
         for first, last in pairwise(edges):

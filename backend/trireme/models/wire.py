@@ -7,7 +7,7 @@ from math import ceil, prod
 from typing import NamedTuple
 
 from trireme.core.step import Regime
-from trireme.models.cost import Shares, num_linear_layers
+from trireme.models.cost import Shares, num_attention_layers, num_linear_layers
 from trireme.models.spec import Spec
 from trireme.parallel.layout import ROWS, SUM, WHOLE, Cut, Layout, Move, home_of, lay, lay_experts, moves
 from trireme.parallel.mesh import Mesh
@@ -42,20 +42,18 @@ def sent(collective: str, size: int, buffer_bytes: float) -> float:
 
 def stage_wire(spec: Spec, plan: Plan, stage: int, rows: int, regime: Regime, item_bytes: int, num_items: int = 1) -> Wire:
     """For a step of `rows` rows of `num_items` items in one stage: its seams, what attention and the delta rule share along cp,
-    and what dispatched experts exchange. The edge to the next stage is not in it."""
+    and what dispatched experts exchange; the head that drafts passes over all rows once. The edge to the next stage is not in it."""
     mesh, total = Mesh(plan), Wire()
     for (have, want), times in Counter(_seams(spec, plan, stage, regime)).items():
         for move in moves(have, want, mesh):
             if move.collective != "slice":
                 total = total.plus(_of_move(move, rows, spec.hidden * item_bytes), times)
     if regime.cp:
-        num_linear = num_linear_layers(spec, plan, stage)
-        total = total.plus(_keys_and_values(spec, plan, rows, item_bytes), plan.layer_cut[stage] - num_linear)
-        if num_linear:
+        total = total.plus(_keys_and_values(spec, plan, rows, item_bytes), num_attention_layers(spec, plan, stage))
+        if num_linear := num_linear_layers(spec, plan, stage):
             total = total.plus(_affine(spec, plan, num_items, item_bytes), num_linear)
     if plan.experts == "dispatched" and plan.ep > 1:
-        num_sparse = sum(spec.sparse[layer] for layer in plan.layers(stage))
-        total = total.plus(_exchange(spec, plan, rows, regime, item_bytes), num_sparse)
+        total = total.plus(_exchange(spec, plan, rows, regime, item_bytes), sum(_sparse(spec, plan, stage)))
     return total
 
 
@@ -70,12 +68,19 @@ def _seams(spec: Spec, plan: Plan, stage: int, regime: Regime) -> list[tuple[Lay
     home = home_of(regime)
     edge = lay(cp=WHOLE) if plan.whole_edges else home
     sparse = DISPATCHED if plan.experts == "dispatched" else GATHERED
-    blocks = [each for layer in plan.layers(stage) for each in (DENSE, sparse if spec.sparse[layer] else DENSE)]
-    routes = [(DENSE[1].at(home) if stage == 0 else edge, home)]
+    blocks = [each for is_sparse in _sparse(spec, plan, stage) for each in (DENSE, sparse if is_sparse else DENSE)]
+    embedded, last = (DENSE[1].at(home), home), stage == plan.pp - 1
+    routes = [embedded if stage == 0 else (edge, home)]
     for takes, gives in blocks:
         routes += [(home, takes.at(home)), (gives.at(home), home)]
-    routes.append((home, HEAD if stage == plan.pp - 1 else edge))
-    return routes
+    routes.append((home, HEAD if last else edge))
+    return routes + [embedded, (HEAD, home), (home, HEAD)] * (last and plan.mtp > 0)
+
+
+def _sparse(spec: Spec, plan: Plan, stage: int) -> list[bool]:
+    """Of each layer, whether it has experts; the one of the head that drafts is as the last of all."""
+    drafts = plan.mtp > 0 and stage == plan.pp - 1
+    return [spec.sparse[layer] for layer in plan.layers(stage)] + [spec.sparse[-1]] * drafts
 
 
 def _of_move(move: Move, rows: int, row_bytes: int) -> Wire:
