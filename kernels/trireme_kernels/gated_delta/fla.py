@@ -1,4 +1,8 @@
-"""gated_delta by flash-linear-attention (fla-core): its chunked kernels in the Triton language."""
+"""gated_delta by flash-linear-attention (fla-core): its chunked kernels in the Triton language.
+
+A first run with heads of some sizes compiles them and picks their tiles by trial, whatever the number of rows. `build` does
+that, on rows as of a long prompt; no request waits for it.
+"""
 
 # pyright: reportMissingImports=false
 
@@ -16,13 +20,14 @@ from trireme_kernels.gated_delta.op import GatedDelta
 from trireme_kernels.upload import upload
 
 _ROWS = 64  # of a chunk; its default
+_TRIAL_ROWS = 2048
 _MOST_KEY_DIM = 256
 
 
 def fits(case: Case) -> str | None:
     if case.dtype not in (torch.bfloat16, torch.float16):
         return f"computes in bfloat16 and float16, not in {str(case.dtype).removeprefix('torch.')}"
-    if case.sizes.get("key_dim", 0) > _MOST_KEY_DIM:
+    if case.sizes["key_dim"] > _MOST_KEY_DIM:
         return f"key_dim={case.sizes['key_dim']} is over {_MOST_KEY_DIM}"
     return None
 
@@ -40,6 +45,17 @@ class _Plan(NamedTuple):
 class Fla:
     def __init__(self, case: Case):
         self.device = case.device
+        if case.device == "cuda":
+            self._try(case)
+
+    def _try(self, case: Case) -> None:
+        sizes = case.sizes
+        heads, key_dim, value_dim = sizes["num_value_heads"], sizes["key_dim"], sizes["value_dim"]
+        keys = torch.zeros(_TRIAL_ROWS, sizes["num_key_heads"], key_dim, dtype=case.dtype, device=case.device)
+        values = torch.zeros(_TRIAL_ROWS, heads, value_dim, dtype=case.dtype, device=case.device)
+        gate = torch.zeros(_TRIAL_ROWS, heads, device=case.device)
+        initial = torch.zeros(1, heads, key_dim, value_dim, device=case.device)
+        self.run(keys, keys, values, gate, gate, initial, self.plan(np.array([_TRIAL_ROWS])))
 
     def plan(self, counts: np.ndarray) -> _Plan:
         counts = np.asarray(counts, np.int64)

@@ -11,7 +11,7 @@ IMPLEMENTATIONS = ("fla", "chunked", "reference")
 
 
 class GatedDelta(Protocol):
-    """Sizes a case may name: num_key_heads (Hk), num_value_heads (Hv), key_dim (Dk), value_dim (Dv).
+    """Sizes a case must name: num_key_heads (Hk), num_value_heads (Hv), key_dim (Dk), value_dim (Dv).
 
     Hv is a multiple of Hk; value head j has the query and key of key head j // (Hv / Hk). A state S [Dk, Dv] of a value
     head takes a row and gives its output:
