@@ -6,11 +6,21 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2MoeConfig, Qwen3MoeConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
+    Qwen3MoeConfig,
+    Qwen3NextConfig,
+)
 
-from tiny import FAMILIES, MOE_FAMILIES, tiny_checkpoint
+from real_configs import QWEN3_5_35B
+from tiny import FAMILIES, HYBRID_FAMILIES, MOE_FAMILIES, tiny_checkpoint, without_vision
 from trireme.core.refusal import Refusal
-from trireme.models.spec import Rope, make_spec, read_spec
+from trireme.models.spec import Delta, Rope, make_spec, read_spec
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -23,6 +33,11 @@ LLAMA = {
 QWEN2 = {**LLAMA, "architectures": ["Qwen2ForCausalLM"], "num_key_value_heads": 2}
 QWEN2_MOE = {**QWEN2, "architectures": ["Qwen2MoeForCausalLM"]}
 QWEN3_MOE = {**QWEN2, "architectures": ["Qwen3MoeForCausalLM"]}
+HYBRID = {
+    "Qwen3_5ForCausalLM": Qwen3_5TextConfig,
+    "Qwen3_5MoeForCausalLM": Qwen3_5MoeTextConfig,
+    "Qwen3NextForCausalLM": Qwen3NextConfig,
+}
 
 
 def test_what_a_silent_llama_is():
@@ -33,10 +48,10 @@ def test_what_a_silent_llama_is():
     assert not (spec.qkv_bias or spec.o_bias or spec.mlp_bias or spec.qk_norm)
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *MOE_FAMILIES])
+@pytest.mark.parametrize("family", [*FAMILIES, *MOE_FAMILIES, *HYBRID_FAMILIES])
 def test_a_saved_checkpoint_is_read_as_transformers_reads_it(family: str, tmp_path: Path):
     spec = read_spec(tiny_checkpoint(tmp_path, family, num_hidden_layers=2, eos_token_id=[2, 5]))
-    theirs = AutoConfig.from_pretrained(tmp_path)
+    theirs = AutoConfig.from_pretrained(tmp_path).get_text_config()
     assert spec.family == family
     assert spec.num_heads == theirs.num_attention_heads and spec.num_kv_heads == theirs.num_key_value_heads
     assert spec.head_dim == getattr(theirs, "head_dim", theirs.hidden_size // theirs.num_attention_heads)
@@ -109,6 +124,78 @@ def test_what_silent_mixtures_are():
         assert spec.shared_intermediate == getattr(theirs, "shared_expert_intermediate_size", 0)
         assert spec.norm_topk_prob == theirs.norm_topk_prob and all(spec.sparse)
     assert not any(make_spec(LLAMA).sparse) and make_spec(LLAMA).num_experts == 0
+
+
+@pytest.mark.parametrize("architecture", HYBRID)
+def test_what_silent_hybrids_are(architecture: str):
+    theirs = HYBRID[architecture]()
+    sizes = {"hidden_size": 64, "num_hidden_layers": theirs.num_hidden_layers, "num_attention_heads": 16, "vocab_size": 100}
+    spec = make_spec({"architectures": [architecture], "intermediate_size": 96, **sizes})
+    assert (spec.num_kv_heads, spec.head_dim) == (theirs.num_key_value_heads, theirs.head_dim)
+    assert spec.max_position_embeddings == theirs.max_position_embeddings
+    assert spec.rotary_dim == theirs.head_dim * theirs.rope_parameters["partial_rotary_factor"] == 64
+    assert spec.linear == tuple(kind == "linear_attention" for kind in theirs.layer_types)
+    assert spec.delta == Delta(
+        num_key_heads=theirs.linear_num_key_heads,
+        num_value_heads=theirs.linear_num_value_heads,
+        key_dim=theirs.linear_key_head_dim,
+        value_dim=theirs.linear_value_head_dim,
+        kernel=theirs.linear_conv_kernel_dim,
+    )
+    assert spec.num_experts == getattr(theirs, "num_experts", 0)
+    assert spec.num_experts_per_tok == getattr(theirs, "num_experts_per_tok", 0)
+    assert spec.shared_intermediate == getattr(theirs, "shared_expert_intermediate_size", 0)
+    assert spec.norm_topk_prob == (spec.num_experts > 0) and all(each == (spec.num_experts > 0) for each in spec.sparse)
+    assert spec.gated_attention and spec.zero_centred and spec.qk_norm and not spec.qkv_bias and spec.windows == (0,) * len(spec.linear)
+    assert spec.num_mtp_layers == (architecture == "Qwen3NextForCausalLM")  # its published configs do not say
+
+
+def test_a_published_hybrid():
+    """Its config has no width of dense MLPs, and its text is nested."""
+    spec = make_spec(QWEN3_5_35B)
+    assert (spec.family, spec.hidden, spec.dtype, spec.intermediate) == ("qwen3_5_moe", 2048, "bfloat16", 0)
+    assert [layer for layer, linear in enumerate(spec.linear) if not linear] == list(range(3, 40, 4))
+    assert (spec.rotary_dim, spec.rope.theta, spec.num_mtp_layers) == (64, 1e7, 1)
+    assert spec.delta is not None and spec.delta.channels == 8192
+    alone = {**QWEN3_5_35B["text_config"], "architectures": ["Qwen3_5MoeForCausalLM"]}
+    assert make_spec(alone) == spec
+
+
+def test_embeddings_are_tied_where_either_place_says_so():
+    text = QWEN3_5_35B["text_config"]
+    for tied in (False, True):
+        assert make_spec({**QWEN3_5_35B, "tie_word_embeddings": tied}).tie_word_embeddings == tied
+        silent = {key: value for key, value in QWEN3_5_35B.items() if key != "tie_word_embeddings"}
+        assert make_spec({**silent, "text_config": {**text, "tie_word_embeddings": tied}}).tie_word_embeddings == tied
+
+
+def test_a_head_that_was_not_saved_is_not_counted_on(tmp_path: Path):
+    """transformers keeps the config's word for it, but not its tensors."""
+    assert read_spec(tiny_checkpoint(tmp_path / "with", "qwen3_5")).num_mtp_layers == 1
+    assert read_spec(without_vision(tmp_path / "with")).num_mtp_layers == 1
+    tiny_checkpoint(tmp_path / "without", "qwen3_5", max_shard_size="100KB", mtp_num_hidden_layers=0)
+    path = tmp_path / "without" / "config.json"
+    config = json.loads(path.read_text())
+    config["text_config"]["mtp_num_hidden_layers"] = 1
+    path.write_text(json.dumps(config))
+    assert make_spec(config).num_mtp_layers == 1 and read_spec(tmp_path / "without").num_mtp_layers == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"attn_output_gate": False}, "attn_output_gate False is not supported"),
+        ({"norm_topk_prob": False}, "norm_topk_prob False is not supported"),
+        ({"layer_types": ["full_attention", "sliding_attention"] * 20}, "layer_types"),
+        ({"linear_num_value_heads": 24}, "16 key heads do not divide 24 value heads"),
+        ({"linear_conv_kernel_dim": 1}, "linear_conv_kernel_dim is 1"),
+        ({"rope_parameters": {"partial_rotary_factor": 1.5}}, "partial_rotary_factor 1.5 turns 384 of 256 numbers"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.02}}, "partial_rotary_factor 0.02 turns 5 of 256 numbers"),
+    ],
+)
+def test_what_of_a_hybrid_cannot_be_computed(more: dict, words: str):
+    with pytest.raises(Refusal, match=words):
+        make_spec({**QWEN3_5_35B, "text_config": {**QWEN3_5_35B["text_config"], **more}})
 
 
 def test_both_spellings_of_the_number_of_experts():
