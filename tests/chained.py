@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from threads import Boards, on_every_rank
 from trireme.core.batch import Batch, Items
 from trireme.core.step import PAGE, Regime
 from trireme.layers.block import Build, PerRequest, PerToken
-from trireme.models.decoder import Decoder
+from trireme.models.decoder import Computed, Decoder
 from trireme.models.registry import build_stage
 from trireme.models.spec import read_spec
 from trireme.parallel.context import Shared
@@ -32,6 +33,14 @@ def build_decoder(
     return build_stage(Build(read_spec(model_dir), plan, stage, torch.device(device), dtype, Choices(device, dtype), rank=rank))
 
 
+class Passed(NamedTuple):
+    """A rank's part of the last step."""
+
+    batch: Batch
+    deal: Deal
+    computed: Computed
+
+
 class Chained:
     """All stages of a checkpoint with pools of their own. Sequences are numbered; each has `num_pages` pages, scattered, and where
     blocks keep states the slot of its number, which may hold `num_held` rows."""
@@ -42,6 +51,7 @@ class Chained:
         shuffled = np.random.default_rng(0).permutation(num_sequences * num_pages).astype(np.int32)
         self._page_table = shuffled.reshape(num_sequences, num_pages)
         self._lens = [0] * num_sequences
+        self.passed: dict[tuple[int, int], Passed] = {}  # by (stage, rank)
         self.decoders: list[list[Decoder]] = []  # [stage][rank]
         self._caches = []
         self.boards = []
@@ -108,7 +118,8 @@ class Chained:
             )
             if came is not None:
                 assert len(came) == decoder.num_edge_rows(deal)
-            return decoder.forward(batch, deal, came).rows
+            self.passed[stage, rank] = Passed(batch, deal, computed := decoder.forward(batch, deal, came))
+            return computed.rows
 
         rows: list[torch.Tensor | None] = [None] * self.plan.ranks
         for stage, boards in enumerate(self.boards):

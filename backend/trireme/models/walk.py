@@ -40,7 +40,7 @@ class Walk:
 def _line(part: str, *collectives: Route | str) -> Iterator[str]:
     said = ", ".join(filter(None, map(str, collectives)))
     if said:
-        yield f"  {part:<16}{said}"
+        yield f"  {part:<15} {said}"
 
 
 def _seam(build: Build, have: Layout, home: Layout, block: Block) -> Seam:
