@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from real_configs import LLAMA_70B, QWEN3_30B, QWEN3_235B
+from real_configs import LLAMA_70B, QWEN3_5_35B, QWEN3_30B, QWEN3_235B
 from trireme.core.settings import make_settings
 from trireme.models.forecast import Demand, Forecast, forecast
 from trireme.models.hardware import DEVICES, GIB, Reach
@@ -25,10 +25,10 @@ def predict(config: dict, demand: Demand = DEMAND, device=H100, **settings: Any)
 
 @pytest.mark.parametrize(
     ("config", "billions"),
-    [(LLAMA_70B, 70.55), (QWEN3_30B, 30.53), (QWEN3_235B, 235.09)],  # as their cards say: 70.6, 30.5, 235
+    [(LLAMA_70B, 70.55), (QWEN3_30B, 30.53), (QWEN3_235B, 235.09), (QWEN3_5_35B, 34.66)],  # as their cards say: 70.6, 30.5, 235, 35
 )
 def test_published_sizes(config: dict, billions: float):
-    [rank] = predict(config).ranks
+    [rank] = predict(config, mtp={"num_tokens": 0}).ranks
     assert round(rank.weights / 2e9, 2) == billions
 
 
@@ -48,6 +48,38 @@ def test_keys_and_values_take_what_weights_leave():
     left = H100.usable_bytes - rank.weights - rank.activations
     assert held.capacity_tokens == left // rank.kv_per_token // 16 * 16
     assert held.capacity_requests == held.capacity_tokens // 8192
+
+
+def test_a_sequence_of_a_hybrid_model_takes_states_and_few_pages():
+    """Of 40 layers 10 keep two heads' keys and values of 256 numbers. 30 keep the last three of 8192 inputs, and 32 matrices of
+    128 x 128 in float32; twice, since a snapshot may stay for whoever begins alike."""
+    held = predict(QWEN3_5_35B, mtp={"num_tokens": 0}, pipeline_parallel_size=1)
+    rank, sheet = held.fullest, replace(H100, memory_bytes=141 * GIB)
+    assert (rank.kv_per_token, rank.state, rank.held) == (10 * 2 * 2 * 256 * 2, 30 * (3 * 8192 * 2 + 32 * 128 * 128 * 4), 0)
+    assert rank.per_request == 2 * rank.state
+    roomy = predict(QWEN3_5_35B, device=sheet, mtp={"num_tokens": 0})
+    left = sheet.usable_bytes - rank.weights - rank.activations
+    assert roomy.capacity_requests == left // (8192 * rank.kv_per_token + rank.per_request)
+    assert roomy.capacity_tokens == (left - 64 * rank.per_request) // rank.kv_per_token // 16 * 16
+
+
+def test_a_stage_without_attention_has_room_for_any_token():
+    """Three layers of the delta rule, and the rest: what limits the plan is the second."""
+    held = predict(QWEN3_5_35B, pipeline_parallel_size=2, layer_cut=[3, 37], device=replace(H100, memory_bytes=141 * GIB))
+    assert [rank.kv_per_token > 0 for rank in held.ranks] == [False, True]
+    assert held.fits and held.fullest.stage == 1 and held.capacity_tokens > 0
+    drafting, plain = held.ranks[1], predict(QWEN3_5_35B, pipeline_parallel_size=2, layer_cut=[3, 37], mtp={"num_tokens": 0}).ranks[1]
+    assert drafting.kv_per_token - plain.kv_per_token == 2 * 2 * 256 * 2  # of the head that drafts
+    assert drafting.held == 27 * 4 * (8192 + 2 * 32) * 2 and plain.held == 0
+
+
+def test_a_decode_step_reads_and_writes_states():
+    """What one more sequence costs at the data sheet's very speed, apart from the experts that it reads: keys, values, states."""
+    sheet = replace(H100, memory_bytes=200 * GIB, reach=Reach(memory=1, flops=1, bandwidth=1, link=1, collective_s=0, hop_s=0))
+    config = {**QWEN3_5_35B, "text_config": {**QWEN3_5_35B["text_config"], "num_experts_per_tok": 256}}
+    one, two = (predict(config, Demand(1000, requests, 10), sheet, mtp={"num_tokens": 0}) for requests in (1, 2))
+    rank = one.ranks[0]
+    assert two.decode_s - one.decode_s == pytest.approx((1000 * rank.kv_per_token + 2 * rank.state) / 3.35e12, rel=1e-6)
 
 
 def test_the_stage_with_least_room_counts():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from real_configs import LLAMA_70B, QWEN3_30B, QWEN3_235B
+from real_configs import LLAMA_70B, QWEN3_5_35B, QWEN3_30B, QWEN3_235B
 from trireme.core.refusal import Refusal
 from trireme_tools.cli import build
 from trireme_tools.plan_report import fold
@@ -64,6 +64,18 @@ def test_named_sizes_are_kept_and_make_the_number_of_devices(tmp_path: Path):
     [plan] = report["plans"]
     assert plan["options"] == "--tp 2 --cp 2 --ep 4 --sp on --experts dispatched"
     assert {plan["pp"] for plan in plans(QWEN3_30B, tmp_path, "--gpus", "8", "--layer-cut", "20,28")["plans"]} == {2}
+
+
+def test_states_and_drafts_of_a_hybrid_model(tmp_path: Path):
+    """62 MB a sequence on one rank, on two stages half of it each; with drafts a slot holds rows beside them."""
+    words = "--gpus", "2", "--pp", "2"
+    drafting, plain = plans(QWEN3_5_35B, tmp_path, *words)["plans"], plans(QWEN3_5_35B, tmp_path, *words, "--mtp", "0")["plans"]
+    assert [plan[0]["state_bytes_per_sequence"] for plan in (drafting, plain)] == [34_340_864, 32_194_560]
+    assert [[rank["held_bytes"] > 0 for rank in plan[0]["ranks"]] for plan in (drafting, plain)] == [[True] * 2, [False] * 2]
+    assert max(rank["weights_bytes"] for rank in plain[0]["ranks"]) < max(rank["weights_bytes"] for rank in drafting[0]["ranks"])
+    text = run(QWEN3_5_35B, tmp_path, *words)
+    assert "pp2 mtp3" in text and re.search(r"sequence, MiB", text) and "32.8" in text
+    assert "sequence, MiB" not in run(QWEN3_30B, tmp_path, "--gpus", "1")
 
 
 def test_numbers_on_a_cpu_are_float32(tmp_path: Path):

@@ -23,7 +23,7 @@ from trireme_tools.support_matrix import read_results, support_matrix
 _CONTEXT = 8192  # tokens of a request where nobody says and the checkpoint has as many
 
 
-@settings_options_of(*SETTINGS.values(), "layer_cut", "dtype", "max_num_batched_tokens", "link")
+@settings_options_of(*SETTINGS.values(), "layer_cut", "dtype", "max_num_batched_tokens", "link", "mtp.num_tokens")
 def plan(
     model: Annotated[Path | None, typer.Argument(help="Checkpoint directory, or a config.json alone.")] = None,
     *,

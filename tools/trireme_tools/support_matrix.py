@@ -19,8 +19,8 @@ class Form(NamedTuple):
 
     name: str
     least: Sizes
-    within: Callable[[Sizes], bool]
-    of_experts: bool = False
+    within: Callable[[Result], bool]
+    needs: Callable[[Spec], bool] = lambda spec: True  # of a checkpoint
 
 
 class Result(NamedTuple):
@@ -29,17 +29,32 @@ class Result(NamedTuple):
     family: str
     sizes: Sizes
     passed: bool
+    mtp: int = 0  # drafts
+
+
+def _experts(spec: Spec) -> bool:
+    return any(spec.sparse)
+
+
+def _head(spec: Spec) -> bool:
+    return spec.num_mtp_layers > 0
 
 
 FORMS = (
-    Form("PP", Sizes(pp=2), lambda sizes: sizes.pp > 1),
-    Form("TP", Sizes(tp=2), lambda sizes: sizes.tp > 1),
-    Form("SP", Sizes(tp=2, sp=True), lambda sizes: sizes.sp),
-    Form("CP", Sizes(cp=2), lambda sizes: sizes.cp > 1),
-    Form("EP gathered", Sizes(tp=2, ep=2), lambda sizes: sizes.ep > 1 and sizes.experts == "gathered", True),
-    Form("EP dispatched", Sizes(tp=2, ep=2, experts="dispatched"), lambda sizes: sizes.ep > 1 and sizes.experts == "dispatched", True),
-    Form("MoE-TP", Sizes(tp=2), lambda sizes: sizes.tp * sizes.cp > sizes.ep * sizes.moe_dp, True),
-    Form("MoE-DP", Sizes(cp=2, moe_dp=2), lambda sizes: sizes.moe_dp > 1, True),
+    Form("PP", Sizes(pp=2), lambda result: result.sizes.pp > 1),
+    Form("TP", Sizes(tp=2), lambda result: result.sizes.tp > 1),
+    Form("SP", Sizes(tp=2, sp=True), lambda result: result.sizes.sp),
+    Form("CP", Sizes(cp=2), lambda result: result.sizes.cp > 1),
+    Form("EP gathered", Sizes(tp=2, ep=2), lambda result: result.sizes.ep > 1 and result.sizes.experts == "gathered", _experts),
+    Form(
+        "EP dispatched",
+        Sizes(tp=2, ep=2, experts="dispatched"),
+        lambda result: result.sizes.ep > 1 and result.sizes.experts == "dispatched",
+        _experts,
+    ),
+    Form("MoE-TP", Sizes(tp=2), lambda result: result.sizes.tp * result.sizes.cp > result.sizes.ep * result.sizes.moe_dp, _experts),
+    Form("MoE-DP", Sizes(cp=2, moe_dp=2), lambda result: result.sizes.moe_dp > 1, _experts),
+    Form("MTP", Sizes(), lambda result: result.mtp > 0, _head),
 )
 
 # Sizes that every form divides; what a family adds to them are its reader's defaults.
@@ -50,6 +65,7 @@ _SIZES = {
     "num_key_value_heads": 2,
     "intermediate_size": 128,
     "vocab_size": 256,
+    "mtp_num_hidden_layers": 1,  # families without such a head do not ask
 }
 _PASSED, _FAILED, _UNTESTED, _REFUSED = "✓", "✗", "·", "–"
 
@@ -57,9 +73,9 @@ _PASSED, _FAILED, _UNTESTED, _REFUSED = "✓", "✗", "·", "–"
 def support_matrix(results: list[Result]) -> str:
     """A Markdown table. A tick only where tests of that form passed and none failed."""
     lines = [["family", *(form.name for form in FORMS)], ["---"] * (1 + len(FORMS))]
-    for architecture in ARCHITECTURES:
-        spec = make_spec({"architectures": [architecture], **_SIZES})
-        lines.append([spec.family, *(_cell(form, spec, results) for form in FORMS)])
+    specs = (make_spec({"architectures": [architecture], **_SIZES}) for architecture in ARCHITECTURES)
+    for family, spec in {spec.family: spec for spec in specs}.items():
+        lines.append([family, *(_cell(form, spec, results) for form in FORMS)])
     legend = f"{_PASSED} its tests pass · {_UNTESTED} legal, no test was run · {_FAILED} a test fails · {_REFUSED} refused at load"
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + f"\n\n{legend}"
 
@@ -73,15 +89,17 @@ def read_results(path: Path) -> list[Result]:
 
 
 def _result(values: dict[str, Any]) -> Result:
-    return Result(values["family"], Sizes(**values["plan"]), values["passed"])
+    plan = dict(values["plan"])
+    mtp = plan.pop("mtp", 0)
+    return Result(values["family"], Sizes(**plan), values["passed"], mtp)
 
 
 def _cell(form: Form, spec: Spec, results: list[Result]) -> str:
-    if form.of_experts and not any(spec.sparse):
+    if not form.needs(spec):
         return _REFUSED
     try:
         Plan.of(form.least.settings(Settings(model="")), spec)
     except Refusal:
         return _REFUSED
-    passed = [result.passed for result in results if result.family == spec.family and form.within(result.sizes)]
+    passed = [result.passed for result in results if result.family == spec.family and form.within(result)]
     return _UNTESTED if not passed else _PASSED if all(passed) else _FAILED
