@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 
-from engine.toy import VOCAB, Toy, expected
+from engine.toy import VOCAB, Toy, entries_of, expected
 from trireme.core.request import Emission, Request, Sampling
 from trireme.core.settings import Limits
 from trireme.core.step import PAGE, Step, array
@@ -28,6 +28,7 @@ def make_request(rng: random.Random, name: str, *, longest=90, **given) -> Reque
         "n": rng.choice([1, 1, 1, 3]),
         "bad_words": tuple((a, b) for a in range(0, VOCAB, 2) for b in range(9)) if rng.random() < 0.2 else (),
         "prompt_logprobs": rng.choice([None, None, None, 0]),
+        "presence_penalty": rng.choice([0.0, 0.0, 0.0, 0.5]),  # which the toy does not heed
         "logprobs": rng.choice([None, 0]),
     }
     sampling["min_tokens"] = min(sampling["min_tokens"], sampling["max_tokens"])
@@ -39,7 +40,7 @@ class Driver:
         self.now = 0.0
         self.rng = random.Random(seed)
         self.scheduler = Scheduler(limits, clock=lambda: self.now)
-        self.toy = Toy(limits.num_pages, limits.inflight)
+        self.toy = Toy(limits.num_pages, limits.inflight, limits.num_snapshots, limits.num_drafts)
         self.posted = []  # not run yet
         self.answers = []  # run, not learned
         self.named: dict[int, dict[int, set[int]]] = {}  # pages by slot, by number of a step that has not returned
@@ -67,6 +68,7 @@ class Driver:
                 holders = [number for number, slots in self.named.items() if any(page in pages for pages in slots.values())]
                 assert not holders, f"page {page} goes to another while steps {holders} name it"
         self.check_regime(step)
+        self.check_drafts(step)
         self.named[step.number] = {s.slot: set(s.pages) for s in self.scheduler._flights[-1].sequences if s.slot >= 0}
         self.posted.append(step)
         self.steps.append(step)
@@ -79,9 +81,20 @@ class Driver:
         slots = array(step.slots).tolist()
         is_decode = [slot in self.decoding for slot in slots]
         assert limits.cp == 1 or len(set(is_decode)) == 1, "decodes and prompts in one step"
+        assert sum(is_decode) <= (limits.max_micro_batch_size or len(slots))
         long = sum(count for count, decodes in zip(counts, is_decode, strict=True) if count >= 2 * limits.cp and not decodes)
         assert step.cp == (limits.cp > 1 and long >= step.num_rows / 2)
         self.decoding |= {slot for slot, samples in zip(slots, array(step.samples).tolist(), strict=True) if samples}
+
+    def check_drafts(self, step: Step) -> None:
+        """A sequence with drafts is in no other step, and never past its limit."""
+        flight = self.scheduler._flights[-1]
+        fields = [array(packed).tolist() for packed in (step.slots, step.starts, step.counts, step.samples)]
+        for sequence, slot, start, count, samples in zip(flight.sequences, *fields, strict=True):
+            assert not samples or start + count < sequence.limit
+            if samples > 1:
+                assert all(slot not in slots for slots in self.named.values())
+                assert not (sequence.sampling.penalises or sequence.sampling.waits_for_token or sequence.prompt_logprobs)
 
     def run_one(self) -> None:
         if self.posted:
@@ -93,6 +106,14 @@ class Driver:
             self.hear(self.scheduler.learn(answer))
             for number in [n for n in self.named if n < self.scheduler._num_returned]:
                 del self.named[number]
+            if self.rng.random() < 0.2:
+                self.check_named()
+
+    def check_named(self) -> None:
+        """Pages that reuse can see hold the rows of the log that they are named after."""
+        for sequence in self.scheduler._running.values():
+            pages = sequence.pages[: sequence.num_named]
+            assert self.toy.cache[pages].reshape(-1).tolist() == entries_of(sequence.log[: len(pages) * PAGE])
 
     def fault(self, num_pages: int | None = None, error: Exception | None = None) -> None:
         epoch = self.scheduler.epoch + 1
@@ -148,6 +169,7 @@ class Driver:
                     stops=sampling.stop_token_ids,
                     min_tokens=sampling.min_tokens,
                     bad_words=sampling.bad_words,
+                    has_states=self.scheduler.limits.num_snapshots is not None,
                 )
                 got = self.output(request.id, index)
                 if heard[-1].finish_reason in ("stop", "length") and heard[-1].finish_reason == reason:

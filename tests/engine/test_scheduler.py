@@ -31,8 +31,27 @@ def request(name: str, num_prompt: int, max_tokens: int = 8, **given) -> Request
     micro=st.sampled_from([None, None, 1, 3]),
     cp=st.sampled_from([1, 2, 4]),
     sp_from=st.sampled_from([None, 1, 2, 8, 60]),
+    num_snapshots=st.sampled_from([None, None, 0, 1, 3, 20]),
+    num_drafts=st.sampled_from([0, 0, 1, 3, 4, 15]),
+    adaptive=st.booleans(),
+    max_drafting=st.sampled_from([0, 1, 3, 32]),
 )
-def test_any_schedule_gives_the_same_tokens(seed, fed_back, inflight, num_stages, rows, num_pages, prefix, micro, cp, sp_from):
+def test_any_schedule_gives_the_same_tokens(
+    seed,
+    fed_back,
+    inflight,
+    num_stages,
+    rows,
+    num_pages,
+    prefix,
+    micro,
+    cp,
+    sp_from,
+    num_snapshots,
+    num_drafts,
+    adaptive,
+    max_drafting,
+):
     rng = random.Random(seed)
     driver = Driver(
         limits(
@@ -47,6 +66,10 @@ def test_any_schedule_gives_the_same_tokens(seed, fed_back, inflight, num_stages
             sp_from=sp_from,
             max_num_seqs=rng.choice([1, 3, 8]),
             max_model_len=rng.choice([110, 200]),
+            num_snapshots=num_snapshots,
+            num_drafts=num_drafts,
+            adaptive_drafts=adaptive,
+            max_drafting=max_drafting,
         ),
         seed,
     )

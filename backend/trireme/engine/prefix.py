@@ -15,6 +15,7 @@ def extend_names(names: list[bytes], log: array[int], num_pages: int) -> None:
 
     Digests are cryptographic: a user must not be able to craft a prompt that meets another's pages.
     """
+    assert num_pages * PAGE <= len(log), "only full pages have names"
     name = names[-1] if names else b""
     for index in range(len(names), num_pages):
         name = blake2b(name + log[index * PAGE : (index + 1) * PAGE].tobytes(), digest_size=16).digest()

@@ -203,6 +203,7 @@ class Scheduler:
             self._plan_decodes(sheet, ahead=True)
         if not sheet.slots:
             return None
+        self._look_ahead(sheet)
         self._flights.append(sheet.flight)
         self._prompt_rows_in_flight += sheet.flight.prompt_rows
         self._prefilled = sheet.flight.prompt_rows > 0
@@ -249,7 +250,6 @@ class Scheduler:
         counts, replays = [1] * len(sequences), [0] * len(sequences)
         if limits.num_drafts:
             counts, replays, tokens = self._add_drafts(sheet, chosen, tokens)
-        sheet.returns = slots.feed(chosen, number)
         sheet.slots += chosen.tolist()
         sheet.starts += starts.tolist()
         sheet.counts += counts
@@ -268,7 +268,6 @@ class Scheduler:
         slots.replays[chosen] = 0
         slots.awaits[chosen[num_drafts > 0]] = sheet.flight.number
         sheet.flight.verifies = bool(num_drafts.any())
-        self._ask_drafts(sheet, chosen)
         return (1 + num_drafts).tolist(), replays.tolist(), rows[np.arange(rows.shape[1]) <= num_drafts[:, None]]
 
     def _drop_drafts(self, chosen: np.ndarray, room: int) -> None:
@@ -282,14 +281,6 @@ class Scheduler:
         if np.count_nonzero(wanted > held) > self._pages.num_free:
             wanted = np.where(held < 0, wanted, np.minimum(wanted, held))
         slots.num_drafts[chosen] = wanted
-
-    def _ask_drafts(self, sheet: Sheet, chosen: np.ndarray | list[int]) -> None:
-        """Have the step draft for those of its sampled slots that may verify a draft next. They wait for them."""
-        slots = self._slots
-        asking = slots.drafting[chosen] & (slots.length[chosen] + 1 < slots.limit[chosen])
-        if asking.any() and len(self._running) <= self.limits.max_drafting:
-            sheet.flight.drafts = sheet.flight.drafts or self._draft_length.ask()
-            slots.awaits[np.asarray(chosen)[asking]] = sheet.flight.number
 
     def _room_for(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(those of the slots that can decode now, those among them that need a page more); preempts where pages are short."""
@@ -320,9 +311,10 @@ class Scheduler:
             return
         need = self._prompts.left(oldest)
         alone = len(self._prompts) == 1 and not len(self._waiting)
-        share = need if need <= rows else rows if alone else -(-rows // 2)
+        grain = PAGE if self._saves and rows >= 2 * PAGE else 1  # chunks end at whole pages, but nobody waits for a page of rows
+        share = need if need <= rows else rows if alone else -(-rows // (2 * grain)) * grain
         rows -= share
-        while rows:
+        while rows >= grain:
             shortest = self._prompts.shortest(sheet.flight.number, besides=oldest)
             waiting = self._waiting.shortest if may_admit else None
             if waiting is not None and (shortest is None or length_rank(waiting, len(waiting.log)) < self._prompts.length_rank(shortest)):
@@ -427,8 +419,6 @@ class Scheduler:
             slots.length[slot] += 1
             slots.decoding[slot] = True
             self._prompts.discard(sequence)
-            self._ask_drafts(sheet, [slot])
-            sheet.returns |= slots.feed([slot], sheet.flight.number)
             if banned := sequence.banned():
                 sheet.bans.append((len(sheet.slots), banned))
         if self._saves and end % PAGE == 0:
@@ -457,6 +447,18 @@ class Scheduler:
             whole = min(end, num_tokens - 1) // PAGE * PAGE
             return whole if whole > start else end
         return end
+
+    def _look_ahead(self, sheet: Sheet) -> None:
+        """What is to become of the tokens that the step samples: drafts are made for those that may verify one next, which wait for
+        them; the others may be fed back."""
+        slots, number = self._slots, sheet.flight.number
+        sampled = np.array([slot for slot, samples in zip(sheet.slots, sheet.flight.samples, strict=True) if samples], np.int64)
+        if self.limits.num_drafts and len(self._running) <= self.limits.max_drafting:
+            drafting = sampled[slots.drafting[sampled] & (slots.length[sampled] + 1 < slots.limit[sampled])]
+            slots.awaits[drafting] = number
+            sheet.flight.drafts = self._draft_length.ask() if len(drafting) else 0
+        fed = slots.fed[sampled] & (slots.awaits[sampled] < number) & (slots.length[sampled] < slots.limit[sampled])
+        sheet.returns = bool(fed.any())
 
     # ---- learning
 

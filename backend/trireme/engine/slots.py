@@ -68,10 +68,6 @@ class Slots:
         slots = np.flatnonzero(ready & (self.last_step < max(number - num_stages + 1, num_returned)))
         return slots[np.argsort(self.last_step[slots], kind="stable")]
 
-    def feed(self, chosen: np.ndarray | list[int], number: int) -> bool:
-        """Whether any of the slots goes on from step `number` before its token is known."""
-        return bool(np.any(self.fed[chosen] & (self.awaits[chosen] < number) & (self.length[chosen] < self.limit[chosen])))
-
     def advance(self, slot: int, num_tokens: int, last: int) -> None:
         """So many tokens have come of a step that was to bring at least one: drafts that stood, and `last` after them."""
         self.known[slot] += num_tokens
