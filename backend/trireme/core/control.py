@@ -77,8 +77,43 @@ class Fault(msgspec.Struct, frozen=True, tag="fault"):
     number: int = -1
 
 
+class Prepare(msgspec.Struct, frozen=True, tag="prepare"):
+    """A leader to its ranks: fetch the experts of new maps, version `version`, and lay them ready. Answered with Prepared, or with a
+    Fault of kind "map", after which the epoch goes on with the maps there are."""
+
+    epoch: int
+    version: int
+    maps: dict[int, bytes]  # by the number of the layer among those with experts: int32 [num_slots], the expert in each slot
+
+
+class Prepared(msgspec.Struct, frozen=True, tag="prepared"):
+    epoch: int
+    version: int
+    moved_bytes: int = 0  # that came from other ranks
+
+
+class Push(msgspec.Struct, frozen=True, tag="push"):
+    """A stage to the model `eplb`: what its experts were given since the last push, under which maps. Answered with an Offer."""
+
+    stage: int
+    number: int  # of the last step that is in it
+    version: int  # of the maps that the stage has
+    loads: bytes  # int32 [layers with experts, num_experts]
+    num_steps: int = 1
+    moved_bytes: int = 0
+    stalled_s: float = 0.0  # that commits took
+    fault: str = ""  # why the last offer was not taken, or empty
+
+
+class Offer(msgspec.Struct, frozen=True, tag="offer"):
+    """New maps for a stage, or none where it is well as it is."""
+
+    version: int = 0
+    maps: dict[int, bytes] = {}  # as in Prepare
+
+
 Ask = Status | Found | Join
-Answer = StageState | Founded | Joined | Outcome | Fault
+Answer = StageState | Founded | Joined | Prepared | Outcome | Fault
 
 _STEP, _ASK = b"S", b"A"
 _encoder = msgspec.msgpack.Encoder()
@@ -89,7 +124,7 @@ class _Sealed(msgspec.Struct, frozen=True):
     """Answers travel wrapped: Outcome is array-like and the others are maps, which msgspec does not mix in one union."""
 
     outcome: Outcome | None = None
-    other: StageState | Founded | Joined | Fault | None = None
+    other: StageState | Founded | Joined | Prepared | Fault | None = None
 
 
 _answer_decoder = msgspec.msgpack.Decoder(_Sealed)

@@ -32,6 +32,20 @@ class Mtp(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_
         return (3 if self.num_tokens is None else self.num_tokens) if num_layers else 0
 
 
+class Eplb(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """Balancing of experts over the ranks of a stage (EPLB): copies of busy ones, and which rank has which."""
+
+    num_redundant_experts: int = 0  # slots of a layer beyond its experts; ep divides the sum
+    interval: int = 1000  # steps between two looks at the balance
+    count_every: int = 10  # steps after which ranks report what they counted
+    layers_per_step: int = 4  # that are prepared together, and change at one step
+    min_gain: float = 0.05  # the least part of the busiest rank's time that new maps must save
+    policy: Literal["auto", "hierarchical", "global", "skew", "minimal"] = "auto"
+    dispatch: Literal["auto", "static", "dynamic", "fake"] = "auto"  # among copies; fake: a router that is even, for benchmarks
+    initial_map: str = "trivial"  # or a file of maps or loads that `eplb` saved
+    state: str | None = None  # folder in which loads and maps are saved, and from which they are loaded at start
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """vLLM's spelling where the meaning is the same. Paths are absolute once read by `read_settings`."""
 
@@ -58,6 +72,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, fo
     moe_data_parallel_size: int = 1  # copies of the experts in a stage
     sequence_parallel: Literal["off", "on"] | int = "off"  # a number: rows of a step from which it is on
     experts: Literal["gathered", "dispatched"] = "gathered"  # how rows and experts meet
+    eplb: Eplb | None = None  # None: each expert stays in the slot of its number
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where this host has a GPU for every rank
     devices: list[list[int]] | None = None  # GPUs of the ranks of each stage; None: the first ones there are
     layer_cut: list[int] | None = None  # layers of each stage; None: by the cost model

@@ -93,6 +93,8 @@ class Step(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     saves: bytes = b""  # int32 [n, 2]: (slot, snapshot): the slot's states are kept there, after this step's rows
     nexts: bytes = b""  # int32 [items]: the token after an item's last row, -1 where that row is sampled
     drafts: int = 0  # tokens that the last stage drafts for each item that samples
+    counts_loads: bool = False  # whether ranks report the loads of their experts with this step
+    maps: list[int] = []  # version of each stage's expert maps from this step on; empty: none was ever changed
 
     @property
     def regime(self) -> Regime:
@@ -145,6 +147,8 @@ class Outcome(msgspec.Struct, frozen=True, array_like=True, tag="outcome"):
     prompt_logprobs: list[PromptLogprobs] = []
     clock: Clock = Clock()
     drafts: bytes = b""  # int32 [items that sample, Step.drafts]
+    loads: bytes = b""  # int32 [layers with experts, num_experts]: rows that each was given since the last report
+    map_ready: int = 0  # version of the stage's expert maps that all its ranks have prepared, or have
 
 
 _encoder = msgspec.msgpack.Encoder()
