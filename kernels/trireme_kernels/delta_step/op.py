@@ -56,8 +56,8 @@ class DeltaStep(Protocol):
 
 class CapturedDeltaStep(Protocol):
     """A graph holds its launches and the addresses of its buffers, and `plan` writes those in the stream's order, outside of
-    the graph, before each replay: as paged_attention's CapturedDecode. Rows past the items' own get no output, and items past
-    those planned (their slots and `fresh` may be anything) change nothing."""
+    the graph, before each replay: as paged_attention's CapturedDecode. Outputs of rows past the items' own are zero, and items
+    past those planned change nothing, whatever their slots and `fresh` are."""
 
     def plan(self, counts: np.ndarray, replays: np.ndarray, holds: np.ndarray) -> None:
         """As DeltaStep's, of n <= num_items items."""

@@ -56,38 +56,8 @@ class Fused:
         fresh: Tensor,  # [I]
         plan: Tensor,
     ) -> Tensor:  # [N, Hv, Dv]
-        rowwise = qkv, a, b, weight, inputs, held
-        assert all(x.stride(-1) == 1 for x in rowwise) and states[0].is_contiguous(), "rows and states are contiguous"
-        num_items, num_channels = plan.shape[1], qkv.shape[1]
-        num_heads, key_dim, value_dim = states.shape[1:]
-        out = torch.empty(len(qkv), num_heads, value_dim, dtype=qkv.dtype, device=qkv.device)
-        if not num_items:
-            return out
-        sources = (qkv, a, b, inputs, held, slots, fresh.view(torch.uint8), plan, num_items, num_channels)
-        strides = (qkv.stride(0), a.stride(0), b.stride(0), *inputs.stride()[:2], *held.stride()[:2])
-        sizes = {"TAPS": weight.shape[1], "HEADS": num_heads}
-        _step[(num_items, num_heads, triton.cdiv(value_dim, _VALUES))](
-            *sources,
-            *strides,
-            weight,
-            log_decay,
-            dt_bias,
-            states,
-            out,
-            weight.stride(0),
-            states.stride(0),
-            **sizes,
-            SHARED=num_heads * 2 * key_dim // (num_channels - num_heads * value_dim),
-            DK=key_dim,
-            DV=value_dim,
-            KEYS=triton.next_power_of_2(key_dim),
-            VALUES=_VALUES,
-        )
-        rows = triton.next_power_of_2(weight.shape[1] - 1)
-        _move_on[(num_items, triton.cdiv(num_channels + 2 * num_heads, _CHANNELS))](
-            *sources, *strides, **sizes, ROWS=rows, CHANNELS=_CHANNELS
-        )
-        return out
+        out = torch.empty(len(qkv), *a.shape[1:], states.shape[3], dtype=qkv.dtype, device=qkv.device)
+        return launch(qkv, a, b, weight, log_decay, dt_bias, inputs, states, held, slots, fresh, plan, out)
 
     def captured(self, num_items: int) -> CapturedDeltaStep:
         return _Captured(self, num_items)
@@ -115,7 +85,55 @@ class _Captured:
         slots: Tensor,
         fresh: Tensor,
     ) -> Tensor:
-        return self._op.run(qkv, a, b, weight, log_decay, dt_bias, inputs, states, held, slots, fresh, self._plan)
+        out = torch.zeros(len(qkv), *a.shape[1:], states.shape[3], dtype=qkv.dtype, device=qkv.device)  # some rows are of no item
+        return launch(qkv, a, b, weight, log_decay, dt_bias, inputs, states, held, slots, fresh, self._plan, out)
+
+
+def launch(
+    qkv: Tensor,
+    a: Tensor,
+    b: Tensor,
+    weight: Tensor,
+    log_decay: Tensor,
+    dt_bias: Tensor,
+    inputs: Tensor,
+    states: Tensor,
+    held: Tensor,
+    slots: Tensor,
+    fresh: Tensor,
+    plan: Tensor,
+    out: Tensor,
+) -> Tensor:
+    """Both launches; writes and gives `out`."""
+    rowwise = qkv, a, b, weight, inputs, held
+    assert all(x.stride(-1) == 1 for x in rowwise) and states[0].is_contiguous(), "rows and states are contiguous"
+    num_items, num_channels = plan.shape[1], qkv.shape[1]
+    num_heads, key_dim, value_dim = states.shape[1:]
+    if not num_items:
+        return out
+    sources = (qkv, a, b, inputs, held, slots, fresh.view(torch.uint8), plan, num_items, num_channels)
+    strides = (qkv.stride(0), a.stride(0), b.stride(0), *inputs.stride()[:2], *held.stride()[:2])
+    sizes = {"TAPS": weight.shape[1], "HEADS": num_heads}
+    _step[(num_items, num_heads, triton.cdiv(value_dim, _VALUES))](
+        *sources,
+        *strides,
+        weight,
+        log_decay,
+        dt_bias,
+        states,
+        out,
+        weight.stride(0),
+        states.stride(0),
+        **sizes,
+        SHARED=num_heads * 2 * key_dim // (num_channels - num_heads * value_dim),
+        DK=key_dim,
+        DV=value_dim,
+        KEYS=triton.next_power_of_2(key_dim),
+        VALUES=_VALUES,
+    )
+    rows = triton.next_power_of_2(weight.shape[1] - 1)
+    _move_on[(num_items, triton.cdiv(num_channels + 2 * num_heads, _CHANNELS))](*sources, *strides, **sizes, ROWS=rows, CHANNELS=_CHANNELS)
+    return out
 
 
 @triton.jit
