@@ -10,10 +10,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from chained import Chained
+from drafted import DraftOracle
+from tiny import prompt_logits
 from trireme.serve.text import Text
 from trireme_tools.learning import Recipe, _Batches, learn
 from trireme_tools.problems import held_out_problems
-from trireme_tools.small_model import Learner, small_config
+from trireme_tools.small_model import Learner, small_config, write_model
 from trireme_tools.small_tokenizer import END_ID, make_tokenizer
 
 TOY = {
@@ -57,6 +60,28 @@ def test_transformers_reads_the_checkpoint(trained):
     heads = {name.removeprefix("mtp.layers.0.") for name in tensors if name.startswith("mtp.layers.0.")}
     assert heads == {name.removeprefix("model.layers.3.") for name in tensors if name.startswith("model.layers.3.")}
     assert {"mtp.fc.weight", "mtp.norm.weight", "mtp.pre_fc_norm_embedding.weight", "mtp.pre_fc_norm_hidden.weight"} <= set(tensors)
+
+
+def test_our_loader_reads_the_checkpoint(trained):
+    output, _ = trained
+    tokens = Text.read(output).encode(held_out_problems(1)[0].prompt)
+    torch.testing.assert_close(Chained(output, [4]).forward({0: tokens}), prompt_logits(output, tokens), atol=1e-4, rtol=0)
+
+
+def test_the_head_that_learned_is_the_one_that_drafts(trained, tmp_path):
+    """Against the head that tests of drafts put together from a checkpoint's tensors."""
+    output, _ = trained
+    learner = Learner(small_config(json.loads((output / "config.json").read_text())["vocab_size"], END_ID, **TOY)).eval()
+    tensors = load_file(output / "model.safetensors")
+    learner.load_state_dict({name if name.startswith("mtp.") else f"trunk.{name}": tensor for name, tensor in tensors.items()})
+    write_model(learner, tmp_path, torch.float32)
+    tokens = torch.tensor([Text.read(output).encode(held_out_problems(1)[0].prompt)])
+    model = learner.trunk.model
+    with torch.inference_mode():
+        rows = model(tokens[:, :-1]).last_hidden_state
+        positions = model.rotary_emb(rows, torch.arange(tokens.shape[1] - 1).expand(3, 1, -1))
+        drafted = learner.trunk.lm_head(learner.mtp(model.embed_tokens(tokens[:, 1:]), rows, positions))[0]
+    torch.testing.assert_close(drafted, DraftOracle(tmp_path).logits(tokens[0].tolist()), atol=1e-4, rtol=0)
 
 
 def test_front_and_transformers_agree_on_tokens(trained):

@@ -10,8 +10,9 @@ import pytest
 from trireme.core.refusal import Refusal
 from trireme_tools.load import Record, summary
 from trireme_tools.plots import plot_load, plot_pipeline
+from trireme_tools.problems import held_out_problems
 from trireme_tools.timeline import Bar, bubble_ratio, chrome_trace, read_bars
-from trireme_tools.workload import arrivals, make_workload, seqs256
+from trireme_tools.workload import arrivals, make_workload, seqs256, word_problems
 
 # Two stages, two steps: stage 1 waits for the first step, stage 0 idles at the end.
 #   stage 0   [0][1].
@@ -24,6 +25,13 @@ def test_seqs256_is_the_published_workload():
     assert len(asks) == 256
     assert (sum(len(ask.prompt) for ask in asks), sum(ask.num_output for ask in asks)) == (142827, 133966)
     assert max(max(ask.prompt) for ask in seqs256(vocab_size=1000)) < 1000
+
+
+def test_word_problems_have_outputs_as_long_as_their_solutions():
+    problems = held_out_problems(3)
+    asks = word_problems(3, lambda text: list(text.encode()))
+    assert [bytes(ask.prompt).decode() for ask in asks] == [problem.prompt for problem in problems]
+    assert [ask.num_output for ask in asks] == [len(problem.solution) for problem in problems]
 
 
 @pytest.mark.parametrize("length", ["", "x", "0", "9-3"])

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,12 +17,14 @@ from rich.table import Table
 
 from trireme.core.refusal import Refusal
 from trireme.core.settings import Settings
+from trireme.models.spec import read_spec
 from trireme.serve.metrics import METRICS_PERIOD_S
+from trireme.serve.text import Text
 from trireme_tools.load import drive, summary
 from trireme_tools.progress import progress_bar
 from trireme_tools.scrape import between, read_page
-from trireme_tools.settings_options import settings_options
-from trireme_tools.workload import Ask, arrivals, make_workload, seqs256
+from trireme_tools.settings_options import override, settings_options
+from trireme_tools.workload import Ask, arrivals, make_workload, seqs256, word_problems
 
 
 @settings_options
@@ -33,7 +36,10 @@ def bench(
         str, typer.Option(help="The server's own metrics, read before and after; '' for none.")
     ] = "http://127.0.0.1:8002/metrics",
     offline: Annotated[bool, typer.Option(help="No server: the engine in this process.")] = False,
-    workload: Annotated[Literal["lengths", "seqs256"], typer.Option(help="seqs256: 256 prompts, in and out 100-1024.")] = "lengths",
+    workload: Annotated[
+        Literal["lengths", "seqs256", "problems"],
+        typer.Option(help="seqs256: 256 prompts, in and out 100-1024; problems: the word problems of `trireme eval`."),
+    ] = "lengths",
     requests: Annotated[int, typer.Option(help="How many requests.", min=1)] = 32,
     input_len: Annotated[str, typer.Option(help="Prompt tokens, as 64 or 32-128.")] = "64",
     output_len: Annotated[str, typer.Option(help="Output tokens, as 64 or 32-128.")] = "64",
@@ -42,6 +48,7 @@ def bench(
     peer: Annotated[Literal["transformers"] | None, typer.Option(help="Measure it on the same prompts, after ours.")] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0)] = 0.0,
     decode: Annotated[str, typer.Option(help="Offline: only the time of a decode step of so many sequences, as 1,32,256.")] = "",
+    drafts: Annotated[str, typer.Option(help="Offline: the load once with each of so many MTP drafts, side by side, as 0,1,2,4.")] = "",
     seed: int = 0,
     ops: Annotated[bool, typer.Option(help="Only the kernels, on shapes of real models, against what this machine can do.")] = False,
     op: Annotated[str | None, typer.Option(help="With --ops: this one alone.")] = None,
@@ -61,14 +68,17 @@ def bench(
     if decode:
         _bench_decode(settings, decode, int(input_len), int(output_len), output)
         return
-    asks = _asks(workload, requests, input_len, output_len, _vocab_size(settings.model), seed)
+    asks = _asks(workload, requests, input_len, output_len, Path(settings.model), seed)
     asks = [replace(ask, temperature=temperature) for ask in asks]
-    report: dict[str, Any] = {"machine": _machine(), "workload": _describe(asks)}
+    if drafts:
+        _bench_drafts(settings, asks, [int(number) for number in drafts.split(",")], concurrency, console, output)
+        return
+    report: dict[str, Any] = {"workload": _describe(asks)}
     with progress_bar(console, "trireme", len(asks)) as tick:
         if offline:
             from trireme_tools.offline import measure
 
-            records, seconds = measure(settings, asks, concurrency, tick)
+            records, seconds, report["acceptance_length"] = measure(settings, asks, concurrency, tick)
         else:
             before = read_page(metrics_url) if metrics_url else {}
             records, seconds = drive(url, asks, arrivals(len(asks), rate, seed), None if rate else concurrency, tick)
@@ -89,25 +99,48 @@ def bench(
         raise Refusal(f"{report['trireme']['failed']} requests failed", why=report["failures"][0], kind="internal")
 
 
-def _asks(workload: str, requests: int, input_len: str, output_len: str, vocab_size: int, seed: int) -> list[Ask]:
+def _asks(workload: str, requests: int, input_len: str, output_len: str, model: Path, seed: int) -> list[Ask]:
+    if workload == "problems":
+        text = Text.read(model)
+        if text is None:
+            raise Refusal(f"{model} has no tokenizer.json", why="word problems are text", fix="measure with --workload lengths")
+        return word_problems(requests, text.encode)
+    vocab_size = read_spec(model).vocab_size
     return seqs256(vocab_size) if workload == "seqs256" else make_workload(requests, input_len, output_len, vocab_size, seed)
+
+
+def _bench_drafts(settings: Settings, asks: Sequence[Ask], drafts: Sequence[int], concurrency: int, console: Console, output: Path) -> None:
+    from trireme_tools.offline import measure
+
+    title = f"{len(asks)} requests, {concurrency} at once"
+    table = Table("drafts", "output tokens/s", "ratio", "inter-token latency, ms", "acceptance length", title=title)
+    rows: list[dict[str, Any]] = []
+    for number in drafts:
+        with progress_bar(console, f"{number} drafts", len(asks)) as tick:
+            measured = measure(override(settings, {"mtp": {"num_tokens": number}}), asks, concurrency, tick)
+        if errors := [record.error for record in measured.records if record.error]:
+            raise Refusal(f"{len(errors)} requests failed with {number} drafts", why=errors[0], kind="internal")
+        rows.append({"drafts": number, "acceptance_length": measured.acceptance_length, **summary(measured.records, measured.seconds)})
+        rate, accepted = rows[-1]["output_tokens_per_s"], measured.acceptance_length
+        ratio, latency = rate / rows[0]["output_tokens_per_s"], rows[-1]["itl_ms"]["mean"]
+        table.add_row(str(number), f"{rate:.1f}", f"{ratio:.2f}", f"{latency:.2f}", "-" if accepted is None else f"{accepted:.2f}")
+    Console().print(table)
+    _write(output, {"workload": _describe(asks), "drafts": rows})
 
 
 def _bench_decode(settings: Settings, batches: str, input_len: int, output_len: int, output: Path) -> None:
     from trireme_tools.offline import measure_decode
 
-    steps = measure_decode(settings, [int(batch) for batch in batches.split(",")], input_len, output_len, _vocab_size(settings.model))
+    vocab_size = read_spec(Path(settings.model)).vocab_size
+    steps = measure_decode(settings, [int(batch) for batch in batches.split(",")], input_len, output_len, vocab_size)
     table = Table("sequences", "decode step, ms", "prompt tokens/s", title=f"{input_len} in, {output_len} out, all at once")
     for step in steps:
         table.add_row(str(step.batch), f"{step.step_ms:.2f}", f"{step.batch * input_len / step.first_s:.0f}")
     Console().print(table)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.with_suffix(".json").write_text(
-        json.dumps({"machine": _machine(), "decode": [step._asdict() for step in steps]}, indent=2) + "\n"
-    )
+    _write(output, {"decode": [step._asdict() for step in steps]})
 
 
-def _describe(asks: list[Ask]) -> dict[str, int]:
+def _describe(asks: Sequence[Ask]) -> dict[str, int]:
     return {
         "requests": len(asks),
         "input_tokens": sum(len(ask.prompt) for ask in asks),
@@ -115,19 +148,19 @@ def _describe(asks: list[Ask]) -> dict[str, int]:
     }
 
 
-def _vocab_size(model: str) -> int:
-    return json.loads((Path(model) / "config.json").read_text())["vocab_size"]
-
-
 def _machine() -> dict[str, Any]:
     return {"cores": len(os.sched_getaffinity(0)), "processor": platform.machine(), "when": time.strftime("%Y-%m-%d %H:%M")}
+
+
+def _write(output: Path, report: dict[str, Any]) -> None:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.with_suffix(".json").write_text(json.dumps({"machine": _machine()} | report, indent=2) + "\n")
 
 
 def _save(output: Path, report: dict[str, Any], records: list) -> None:
     from trireme_tools.plots import plot_load
 
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
+    _write(output, report)
     plot_load(records, report, output.with_suffix(".png"))
 
 

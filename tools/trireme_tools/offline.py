@@ -67,12 +67,21 @@ def generate(settings: Settings, requests: Sequence[Request]) -> list[list[int]]
     return [outputs[request.id] for request in requests]
 
 
-def measure(settings: Settings, workload: Sequence[Ask], concurrency: int, progress: Callable[[int], None]) -> tuple[list[Record], float]:
-    """(records, seconds in all), at most `concurrency` requests at once, after a short request that is not counted."""
+class Measured(NamedTuple):
+    records: list[Record]
+    seconds: float  # in all
+    acceptance_length: float | None  # mean tokens for each time that drafts of a sequence were verified; None where none were
+
+
+def measure(settings: Settings, workload: Sequence[Ask], concurrency: int, progress: Callable[[int], None]) -> Measured:
+    """At most `concurrency` requests at once, after a short request that is not counted."""
     settings = msgspec.structs.replace(settings, max_queue_size=max(settings.max_queue_size, len(workload)))
     with running(settings) as engine:
         _drive(engine, [Ask((3, 4, 5, 6), 8)], 1, lambda count: None)
-        return _drive(engine, workload, concurrency, progress)
+        verified, accepted = engine.stats.verifications, engine.stats.accepted_tokens
+        records, seconds = _drive(engine, workload, concurrency, progress)
+        verified, accepted = engine.stats.verifications - verified, engine.stats.accepted_tokens - accepted
+        return Measured(records, seconds, 1.0 + accepted / verified if verified else None)
 
 
 class DecodeStep(NamedTuple):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from trireme.core.refusal import Refusal
+from trireme_tools.problems import held_out_problems
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,11 @@ def seqs256(vocab_size: int) -> list[Ask]:
     draw = random.Random(0)
     prompts = [tuple(draw.randint(0, 10000) % vocab_size for _ in range(draw.randint(100, 1024))) for _ in range(256)]
     return [Ask(prompt, draw.randint(100, 1024)) for prompt in prompts]
+
+
+def word_problems(num_requests: int, encode: Callable[[str], Sequence[int]]) -> list[Ask]:
+    """Held-out problems of `trireme eval`, each with as many output tokens as its solution has: text that a model can foresee."""
+    return [Ask(tuple(encode(problem.prompt)), len(encode(problem.solution))) for problem in held_out_problems(num_requests)]
 
 
 def arrivals(num_requests: int, rate: float | None, seed: int = 0) -> np.ndarray:
