@@ -26,7 +26,7 @@ def test_a_stage_reads_the_fronts_file_and_paths_start_beside_the_repository(tmp
 
 
 def test_written_settings_read_back(tmp_path):
-    settings = make_settings({"model": "/m", "link": "tensor", "layer_cut": [3, 1], "pipeline_parallel_size": 2})
+    settings = make_settings({"model": "/m", "link": "tensor", "layer_cut": [3, 1], "pipeline_parallel_size": 2, "mtp": {"num_tokens": 2}})
     repo = repository(tmp_path, json.loads(write_settings(settings)))
     assert read_settings(repo / "llm" / "1" / "model.json") == settings
 
@@ -45,6 +45,9 @@ def test_written_settings_read_back(tmp_path):
         ({"model": "m", "sequence_parallel": "auto"}, "sequence_parallel='auto' is none of off, on and a number of rows"),
         ({"model": "m", "sequence_parallel": True}, "sequence_parallel=True is none of"),
         ({"model": "m", "sequence_parallel": 0}, "sequence_parallel=0 is none of"),
+        ({"model": "m", "mtp": {"num_token": 2}}, "num_token"),
+        ({"model": "m", "mtp": {"num_tokens": 16}}, "mtp asks for 16 drafts"),
+        ({"model": "m", "mtp": {"num_tokens": -1}}, "mtp asks for -1 drafts"),
         ({"model": "m", "devices": [[0], [1]]}, "devices names 2 stages but pipeline_parallel_size is 1"),
         ({"model": "m", "tensor_parallel_size": 2, "context_parallel_size": 2, "devices": [[0, 1]]}, "names 2 for the 4 ranks of stage 0"),
         ({"model": "m", "pipeline_parallel_size": 2, "devices": [[0], [1, 2]]}, "names 2 for the 1 ranks of stage 1"),
@@ -69,6 +72,19 @@ def test_sequence_parallelism_begins_at_a_number_of_rows(given, tp, rows):
     assert settings.sp_from == rows
     limits = Limits.of(settings, max_model_len=32, num_pages=2)
     assert (limits.sp_from, limits.cp) == (rows, 2)
+
+
+@pytest.mark.parametrize(("said", "num_layers", "num_drafts"), [(None, 0, 0), (None, 1, 3), (0, 1, 0), (0, 0, 0), (2, 1, 2)])
+def test_drafts_are_made_where_the_checkpoint_has_a_head(said, num_layers, num_drafts):
+    settings = make_settings({"model": "m", "mtp": {"num_tokens": said, "adaptive": False, "max_batch_size": 5}})
+    assert settings.mtp.num_drafts(num_layers) == num_drafts
+    limits = Limits.of(settings, max_model_len=32, num_pages=2, num_snapshots=7, num_drafts=num_drafts)
+    assert (limits.num_drafts, limits.adaptive_drafts, limits.max_drafting, limits.num_snapshots) == (num_drafts, False, 5, 7)
+
+
+def test_drafts_without_a_head_are_refused():
+    with pytest.raises(Refusal, match="no head to make them"):
+        make_settings({"model": "m", "mtp": {"num_tokens": 2}}).mtp.num_drafts(0)
 
 
 def test_broken_files_are_refused(tmp_path):

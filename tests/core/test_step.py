@@ -1,6 +1,7 @@
 """Steps travel whole, chained by checksum; anything missed, altered or out of order is refused."""
 
 import msgspec
+import numpy as np
 import pytest
 
 from trireme.core.control import (
@@ -27,6 +28,7 @@ from trireme.core.step import (
     PromptLogprobs,
     Regime,
     Step,
+    accepted,
     array,
     first_checksum,
     ints,
@@ -62,6 +64,32 @@ def test_a_step_comes_out_as_it_went_in():
     assert (step(0).num_rows, step(0).num_items, step(0).num_samples) == (4, 2, 1)
     assert (peek_step(message).regime, Step(0, 0, b"", b"", b"", b"", b"").regime) == (Regime(sp=True, cp=False), Regime())
     assert array(peek_step(message).tokens).tolist() == [5, 6, 7, -1]
+
+
+def test_drafts_and_states_travel():
+    whole = msgspec.structs.replace(
+        step(0),
+        counts=ints([3, 2]),
+        samples=ints([0, 2]),
+        tokens=ints([5, 6, 7, 8, 9]),
+        replays=ints([0, 3]),
+        holds=ints([0, 1]),
+        restores=ints([[6, 0]]),
+        saves=ints([[0, 2]]),
+        nexts=ints([4, -1]),
+        drafts=3,
+    )
+    packed, _ = pack_step(whole, first_checksum(3))
+    assert peek_step(packed) == whole
+    assert (whole.num_rows, whole.num_samples, whole.num_drafts) == (5, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("drafts", "tokens", "stand"),
+    [([], [4], 0), ([5, 6, 7], [5, 6, 9, 1], 2), ([5, 6, 7], [5, 6, 7, 1], 3), ([5, 6, 7], [4, 6, 7, 1], 0)],
+)
+def test_drafts_stand_up_to_the_first_that_differs(drafts, tokens, stand):
+    assert accepted(np.array(drafts), np.array(tokens)) == stand
 
 
 def test_checksums_are_chained():

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 
+import msgspec
 import numpy as np
 
 from engine.toy import Toy
@@ -38,7 +39,8 @@ class FakeStage:
         message = open_message(parcel.packed)
         with self.lock:
             if isinstance(message, Status):
-                answer(StageState(self.stage, self.state, self.detail, self.epoch, num_pages=self.stages.num_pages + self.stage))
+                pages, snapshots = self.stages.num_pages + self.stage, self.stages.snapshots_of(self.stage)
+                answer(StageState(self.stage, self.state, self.detail, self.epoch, num_pages=pages, num_snapshots=snapshots))
             elif isinstance(message, Found):
                 answer(Founded(message.epoch, "here:1"))
             elif isinstance(message, Join):
@@ -53,7 +55,7 @@ class FakeStage:
                     answer(Fault("stale", "old epoch", self.stage, step.epoch, step.number))
                     return
                 self.early[step.number] = (bytes(message), step, parcel.rows, answer)
-                while self.number in self.early:
+                while self.number in self.early and self.epoch == step.epoch:  # none after a fault
                     self.run(*self.early.pop(self.number))
 
     def run(self, packed, step, rows, answer) -> None:
@@ -72,7 +74,7 @@ class FakeStage:
             return
         if self.stage == self.stages.num_stages - 1:
             outcome = self.stages.toy.run(step)
-            answer(Outcome(step.epoch, step.number, self.stage, outcome.tokens, outcome.logprobs, outcome.prompt_logprobs, clock))
+            answer(msgspec.structs.replace(outcome, stage=self.stage, clock=clock, drafts=self.stages.redraft(outcome.drafts)))
         else:
             answer(Outcome(step.epoch, step.number, self.stage, clock=clock), np.array([step.number % 251, self.stage + 1], np.uint8))
 
@@ -80,13 +82,30 @@ class FakeStage:
 class FakeStages:
     """`fault(stage, step)` may return a message to fail with, or "mute" to lose its answer; `gone` stages answer nothing."""
 
-    def __init__(self, num_stages: int, *, link="collective", num_pages=64, delay_s=0.002, fault=lambda stage, step: None):
+    def __init__(
+        self,
+        num_stages: int,
+        *,
+        link="collective",
+        num_pages=64,
+        num_snapshots=None,
+        num_drafts=0,
+        delay_s=0.002,
+        fault=lambda stage, step: None,
+    ):
         self.num_stages, self.link, self.num_pages, self.delay_s, self.fault = num_stages, link, num_pages, delay_s, fault
-        self.toy = Toy(num_pages, 0)
+        self.toy = Toy(num_pages, 0, num_snapshots, num_drafts)
+        self.redraft = lambda drafts: drafts
         self.stages = [FakeStage(stage, self) for stage in range(num_stages)]
         self.gone: set[int] = set()
         self.healed: Counter[int] = Counter()
         self.rng = random.Random(0)
+
+    def snapshots_of(self, stage: int) -> int | None:
+        """What a stage reports: with several, stage 0 has no layer with states and the last has room for the fewest."""
+        if self.toy.num_snapshots is None or (stage == 0 and self.num_stages > 1):
+            return None
+        return self.toy.num_snapshots + self.num_stages - 1 - stage
 
     def post(self, stage, parcel, timeout_s, done) -> None:
         once = threading.Lock()

@@ -27,8 +27,8 @@ MAX_MODEL_LEN = 200
 class Answers:
     """Collects emissions of many requests and waits for their ends."""
 
-    def __init__(self, engine: Engine):
-        self.engine = engine
+    def __init__(self, engine: Engine, has_states: bool = False):
+        self.engine, self.has_states = engine, has_states
         self.heard: dict[str, list] = {}
         self.ends: dict[str, threading.Semaphore] = {}
         self.requests: dict[str, Request] = {}
@@ -64,6 +64,7 @@ class Answers:
                     stops=sampling.stop_token_ids,
                     min_tokens=sampling.min_tokens,
                     bad_words=sampling.bad_words,
+                    has_states=self.has_states,
                 )
                 assert ([t for e in heard for t in e.tokens], heard[-1].finish_reason) == want
 
@@ -74,12 +75,13 @@ def start():
 
     def start(stages: FakeStages, ready=True, **given) -> tuple[Engine, Answers]:
         values = {"model": "toy", "pipeline_parallel_size": stages.num_stages, "link": stages.link, "max_num_batched_tokens": 64}
-        engine = Engine(make_settings({**values, "step_timeout_s": 5.0, **given}), max_model_len=MAX_MODEL_LEN, stages=stages)
+        settings = make_settings({**values, "step_timeout_s": 5.0, **given})
+        engine = Engine(settings, max_model_len=MAX_MODEL_LEN, stages=stages, num_drafts=stages.toy.num_drafts)
         engines.append(engine)
         engine.start()
         if ready:
             engine.wait_ready(5)
-        return engine, Answers(engine)
+        return engine, Answers(engine, stages.toy.num_snapshots is not None)
 
     yield start
     for engine in engines:
@@ -116,6 +118,44 @@ def test_faults_are_repaired(start):
                 time.sleep(0.05)
     answers.check(60)
     assert engine.stats.faults > 0 and engine.stats.epochs == engine.stats.faults + 1
+
+
+@pytest.mark.parametrize("link", ["collective", "tensor"])
+@pytest.mark.parametrize("num_stages, num_snapshots, num_drafts", [(1, None, 3), (1, 3, 0), (2, 3, 3), (3, 0, 1)])
+def test_same_tokens_with_states_and_drafts(start, link, num_stages, num_snapshots, num_drafts):
+    stages = FakeStages(num_stages, link=link, num_snapshots=num_snapshots, num_drafts=num_drafts)
+    engine, answers = start(stages)
+    rng = random.Random(num_stages)
+    for i in range(12):
+        answers.submit(make_request(rng, f"r{i}"))
+    answers.check()
+    stats = engine.stats
+    assert stats.faults == 0 and (stats.verifications > 0) == (num_drafts > 0)
+    assert (stats.snapshot_hits > 0) == bool(num_snapshots) and stats.snapshots_total == (num_snapshots or 0)
+
+
+def test_faults_with_states_and_drafts_are_repaired(start):
+    failing = [30, 20, 9]
+
+    def fault(stage, step) -> str | None:
+        return f"fell over at {failing.pop()}" if failing and step.number == failing[-1] else None
+
+    stages = FakeStages(2, num_snapshots=4, num_drafts=3, fault=fault)
+    engine, answers = start(stages, start_timeout_s=60)
+    for i in range(8):
+        answers.submit(make_request(random.Random(i), f"r{i}", longest=60))
+    answers.check(60)
+    assert engine.stats.faults == 3
+
+
+def test_an_answer_without_its_drafts_is_a_fault(start):
+    stages = FakeStages(1, num_drafts=3)
+    cut = iter([b""])
+    stages.redraft = lambda drafts: next(cut, drafts) if drafts else drafts
+    engine, answers = start(stages)
+    answers.submit(simple("a"))
+    answers.check()
+    assert engine.stats.faults == 1
 
 
 def test_a_stranded_call_is_a_fault(start):

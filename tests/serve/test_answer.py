@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
@@ -103,6 +104,48 @@ def test_tokens_behind_a_stop_string_are_dropped(text):
     assert answer.take(emit(tokens))
     outputs = answer.outputs()
     assert outputs is not None and outputs["text_output"] == ["of "] and outputs["num_output_tokens"][0] < len(tokens)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("min_tokens", [0, 9])
+@pytest.mark.parametrize("stop", [None, "is Par", "s", "😀", "of France is Paris. 😀 user", "never"])
+@pytest.mark.parametrize("finish", [None, "length", "stop"])
+def test_emissions_of_several_tokens_say_the_same(text, stop, min_tokens, stream, finish):
+    """As a step that verifies drafts brings them: wherever a stop string begins and ends in them, and whatever comes with them."""
+    tokens = text.encode("of France is Paris. 😀 user the end")
+    returns: dict[str, Any] = {
+        "return_finish_reason": True,
+        "return_num_output_tokens": True,
+        "return_output_ids": True,
+        "return_logprobs": True,
+    }
+    entries = [Logprobs(token, -1.0, 1, [], []) for token in tokens]
+
+    def answer(size: int) -> tuple[dict[str, list], list[bool]]:
+        answer = make(
+            text, stream=stream, stop=(stop,) if stop else (), min_tokens=min_tokens, logprobs=0, exclude_input_in_output=True, **returns
+        )
+        told, found = {"text": [""], "tokens": [], "values": []}, []
+        for first in range(0, len(tokens), size):
+            is_last = first + size >= len(tokens)
+            found.append(
+                answer.take(emit(tokens[first : first + size], finish if is_last else None, logprobs=entries[first : first + size]))
+            )
+            if (outputs := answer.outputs()) is not None:
+                told["text"][0] += outputs["text_output"][0]
+                told["tokens"] += outputs["output_ids"]
+                told["values"] += json.loads(outputs["logprobs"][0])
+                told["finish"] = outputs["finish_reason"]
+            if answer.done:
+                break
+        return told, found
+
+    alone, _ = answer(1)
+    for size in (2, 3, 4, len(tokens)):
+        together, found = answer(size)
+        assert together == alone
+        # The engine is told of a stop string, unless it has ended the sequence in the same emission.
+        assert found.count(True) == (alone.get("finish") == ["stop"] and not (finish and len(found) == -(-len(tokens) // size)))
 
 
 def test_stop_string_waits_for_min_tokens(text):

@@ -51,6 +51,8 @@ def test_report():
     reporter = Reporter(Family, read, stats, {"model": "llm", "version": "1"})
     stats.running, stats.generation_tokens = 3, 10
     stats.finished["stop"] += 2
+    stats.verified(num_drafts=3, num_accepted=2)
+    stats.verified(num_drafts=3, num_accepted=1)
     stats.observed.time_to_first_token.extend([0.004, 0.2, 100.0])
     reporter.report()
     stats.running, stats.generation_tokens = 1, 15
@@ -63,6 +65,8 @@ def test_report():
     assert value("requests_running") == 1
     assert value("generation_tokens_total") == 15
     assert value("requests_finished_total", reason="stop") == 2
+    assert value("mtp_drafted_tokens_total") == 6 and value("mtp_accepted_tokens_total") == 3
+    assert value("mtp_verifications_total") == 2 and value("mtp_acceptance_length") == 2.5
     assert value("bls_abandoned_threads") == 1
     assert value("time_to_first_token_seconds_count") == 4
     assert value("time_to_first_token_seconds_bucket", le="0.005") == 2
