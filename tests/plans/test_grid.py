@@ -1,5 +1,6 @@
 """Any plan, same tokens: tensor, sequence, context and expert parallel stages, with pipelines of them, give transformers' greedy
-tokens and prompt logprobs. A few in every run, the whole grid by `make test-plans`; both note what passed for README's matrix."""
+tokens and prompt logprobs, also where a prompt begins with pages and states of another. A few in every run, the whole grid by
+`make test-plans`; both note what passed for README's matrix."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ import torch
 
 from plans.grid import FEW, FOR_THIRDS, GRID, settings_of, sizes_of
 from plans.test_plans import make_prompts
-from plans.whole import assert_same_tokens, emissions_of
+from plans.whole import assert_same_tokens, emissions_of, tokens_of
 from tiny import greedy_tokens, prompt_logits, tiny_checkpoint
 from trireme.core.request import Request, Sampling
 from trireme.core.settings import Settings, make_settings
@@ -25,6 +26,7 @@ pytestmark = pytest.mark.ranks
 
 NUM_TOKENS, MORE_TOKENS = 12, 24  # the latter where pages are to run out
 PROMPTS = make_prompts()
+ALIKE = range(8, 12)  # of them, which begin alike
 RESULTS = Path(__file__).resolve().parents[2] / "build" / "plans.json"
 
 
@@ -66,7 +68,7 @@ def passed() -> Iterator[list[dict]]:
 def test_a_parallel_plan_changes_nothing(expected: Oracle, pool: RankPool, passed: list[dict], family: str, plan: str):
     folder, tokens, logprobs = expected.of(family, plan)
     base = {"max_model_len": 256, "max_num_seqs": 8, "num_pages": 200, "threads_per_rank": 1, "max_num_batched_tokens": 100}
-    settings = make_settings({"model": str(folder), **base, **settings_of(plan)})
+    settings = make_settings({"model": str(folder), **base, "mtp": {"num_tokens": 0}, **settings_of(plan)})
     # every third prompt tells its logprobs; those bypass the reuse of pages, the others do not
     asked = {i for i, prompt in enumerate(PROMPTS) if i % 3 == 0 and len(prompt) > 1}
     num_tokens = MORE_TOKENS if "few" in plan else NUM_TOKENS
@@ -82,8 +84,14 @@ def test_a_parallel_plan_changes_nothing(expected: Oracle, pool: RankPool, passe
         if "few" in plan:
             assert engine.stats.preemptions > 0, "the pool is meant to be too small"
         assert (engine.stats.cp_steps > 0) == ("cp" in plan) and (engine.stats.sp_steps > 0) == ("sp" in plan.split())
+        cached = engine.stats.cached_tokens
+        again = [Request(id=f"{i} again", prompt=PROMPTS[i], sampling=Sampling(max_tokens=num_tokens, temperature=0.0)) for i in ALIKE]
+        found_again = tokens_of(engine, again)
+        assert engine.stats.cached_tokens > cached or "few" in plan
+        assert (engine.stats.drafted_tokens > 0) == ("mtp" in plan)
     found = [[token for emission in answer for token in emission.tokens] for answer in answers]
     assert_same_tokens(folder, PROMPTS, found, [wanted[:num_tokens] for wanted in tokens])
+    assert_same_tokens(folder, [PROMPTS[i] for i in ALIKE], found_again, [tokens[i][:num_tokens] for i in ALIKE])
     for i in asked:
         (told,) = [emission.prompt_logprobs for emission in answers[i] if emission.prompt_logprobs is not None]
         wanted = [logprobs[i][at, token].item() for at, token in enumerate(PROMPTS[i][1:])]
@@ -94,4 +102,7 @@ def test_a_parallel_plan_changes_nothing(expected: Oracle, pool: RankPool, passe
 
 def plan_of(settings: Settings) -> dict[str, Any]:
     """As `trireme plan --results` reads it."""
-    return {name: getattr(settings, setting) for name, setting in SETTINGS.items()} | {"sp": settings.sp_from is not None}
+    return {name: getattr(settings, setting) for name, setting in SETTINGS.items()} | {
+        "sp": settings.sp_from is not None,
+        "mtp": settings.mtp.num_tokens,
+    }
