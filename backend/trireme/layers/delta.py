@@ -21,6 +21,7 @@ from trireme.parallel.layout import SUM, lay
 from trireme_kernels.causal_conv.op import CausalConv
 from trireme_kernels.gated_delta.gates import gates
 from trireme_kernels.gated_delta.op import GatedDelta
+from trireme_kernels.upload import upload
 
 # Items of more rows go chunk by chunk, others row by row.
 _FEW_ROWS = 16
@@ -139,7 +140,7 @@ class Chunks:
 
     def plan(self, counts: np.ndarray) -> _ChunksPlan:
         last = np.cumsum(counts, dtype=np.int64)[:, None] + np.arange(-self._keeps.window, 0)
-        return _ChunksPlan(self._conv.plan(counts), self._delta.plan(counts), torch.from_numpy(last.reshape(-1)).to(self._device))
+        return _ChunksPlan(self._conv.plan(counts), self._delta.plan(counts), upload(last.reshape(-1), self._device))
 
     def run(
         self,

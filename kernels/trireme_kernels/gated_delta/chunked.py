@@ -23,6 +23,7 @@ from trireme_kernels.case import Case
 from trireme_kernels.gated_delta.op import GatedDelta
 from trireme_kernels.gated_delta.rectangle import Rectangle
 from trireme_kernels.gated_delta.reference import unit
+from trireme_kernels.upload import upload
 
 _ROWS = 64  # of a chunk
 
@@ -65,7 +66,7 @@ class Chunked:
         )
 
     def _tensor(self, values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values.astype(np.int64)).to(self.device)
+        return upload(values.astype(np.int64), self.device)
 
     def run(
         self,

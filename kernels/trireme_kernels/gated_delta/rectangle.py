@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trireme_kernels.upload import upload
+
 
 class Rectangle:
     """Rows [N, ..], item after item, as [I, T, ..], T rows of the longest item; counts int [I]."""
@@ -13,7 +15,7 @@ class Rectangle:
     def __init__(self, counts: np.ndarray, device: str | torch.device):
         self.num_items, self.num_rows = len(counts), int(np.max(counts, initial=0))
         real = np.arange(self.num_rows) < np.asarray(counts)[:, None]
-        self._places = None if real.all() else torch.from_numpy(np.flatnonzero(real)).to(device)  # int64 [N]
+        self._places = None if real.all() else upload(np.flatnonzero(real), device)  # int64 [N]
 
     def fill(self, x: Tensor) -> Tensor:  # [N, ..] -> [I, T, ..]
         if self._places is None:
