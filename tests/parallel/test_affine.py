@@ -7,7 +7,6 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from threads import Boards, Traffic, on_every_rank
 from trireme.parallel.affine import Scan, compose, corrected, nothing_done, widened, windows
@@ -15,9 +14,11 @@ from trireme.parallel.collectives import Collectives
 from trireme.parallel.mesh import Mesh
 from trireme.parallel.plan import Plan
 from trireme.parallel.zigzag import rows_of, zigzag
+from trireme_kernels.choose import Choices
 
 HEADS, KEY_DIM, VALUE_DIM, KERNEL = 2, 4, 3, 4
 CHANNELS = HEADS * (2 * KEY_DIM + VALUE_DIM)
+OPS = Choices("cpu", torch.float32)
 WEIGHT = torch.randn(CHANNELS, KERNEL, generator=torch.Generator().manual_seed(0))
 
 
@@ -44,39 +45,29 @@ def drawn(counts: list[int], seed: int = 1) -> tuple[Rows, Carried]:
     num_rows, num_items = sum(counts), len(counts)
     rows = Rows(
         torch.randn(num_rows, CHANNELS, generator=draw),
-        -torch.rand(num_rows, HEADS, generator=draw),
+        -0.1 * torch.rand(num_rows, HEADS, generator=draw),
         torch.rand(num_rows, HEADS, generator=draw),
     )
     states = torch.randn(num_items, HEADS, KEY_DIM, VALUE_DIM, generator=draw)
     return rows, Carried(torch.randn(num_items, KERNEL - 1, CHANNELS, generator=draw), states)
 
 
-def convolved(qkv: torch.Tensor, before: torch.Tensor, counts: np.ndarray) -> torch.Tensor:
-    """[N, C], before [I, K - 1, C] -> [N, C], item by item."""
-    runs = [torch.cat(run) for run in zip(before, qkv.split(counts.tolist()), strict=True) if len(run[1])]
-    return torch.cat([qkv[:0], *(F.conv1d(run.T[None], WEIGHT[:, None], groups=CHANNELS)[0].T for run in runs)])
+def mixed(rows: Rows, before: torch.Tensor, counts: np.ndarray) -> tuple[torch.Tensor, ...]:
+    """Queries, keys and values behind the convolution, [N, H, D] each."""
+    conv = OPS("causal_conv", channels=CHANNELS)
+    heads = conv.run(rows.qkv, before, WEIGHT, conv.plan(counts)).unflatten(1, (HEADS, 2 * KEY_DIM + VALUE_DIM))
+    return heads.split([KEY_DIM, KEY_DIM, VALUE_DIM], dim=-1)
 
 
-def recurrent(mixed: torch.Tensor, rows: Rows, initial: torch.Tensor, counts: np.ndarray, *, wide: bool = False):
-    """The gated delta rule row by row: (results [N, H, Dv], states after each item). `wide` takes values [v | 0]."""
-    q, k, v = mixed.view(len(mixed), HEADS, 2 * KEY_DIM + VALUE_DIM).split([KEY_DIM, KEY_DIM, VALUE_DIM], dim=-1)
-    k, v = F.normalize(k, dim=-1), widened(v, KEY_DIM) if wide else v
-    results, finals, row = [torch.zeros(0, HEADS, v.shape[-1])], [], 0
-    for state, count in zip(initial, counts, strict=True):
-        for _ in range(count):
-            state = rows.decay[row].exp()[:, None, None] * state
-            told = rows.beta[row][:, None] * (v[row] - torch.einsum("hk,hkv->hv", k[row], state))
-            state = state + k[row][:, :, None] * told[:, None]
-            results.append(torch.einsum("hk,hkv->hv", q[row], state)[None])
-            row += 1
-        finals.append(state)
-    return torch.cat(results), torch.stack(finals)
+def ruled(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: Rows, initial: torch.Tensor, counts: np.ndarray):
+    """(results [N, H, v.shape[-1]], states after each item)."""
+    rule = OPS("gated_delta", num_key_heads=HEADS, num_value_heads=HEADS, key_dim=KEY_DIM, value_dim=v.shape[-1])
+    return rule.run(q, k, v, rows.decay, rows.beta, initial, rule.plan(counts))
 
 
 def alone(rows: Rows, begin: Carried, counts: np.ndarray) -> tuple[torch.Tensor, Carried]:
     """One rank: (results, what items end with)."""
-    mixed = convolved(rows.qkv, begin.inputs, counts)
-    results, states = recurrent(mixed, rows, begin.states, counts)
+    results, states = ruled(*mixed(rows, begin.inputs, counts), rows, begin.states, counts)
     inputs = [torch.cat(run)[-(KERNEL - 1) :] for run in zip(begin.inputs, rows.qkv.split(counts.tolist()), strict=True)]
     return results, Carried(torch.stack(inputs), states)
 
@@ -94,9 +85,9 @@ def along_cp(rows: Rows, begin: Carried, counts: np.ndarray, cp: int) -> tuple[t
         scan, mine = scans[rank], rows.of(rows_of(zigzag(counts, cp, rank), counts))
         pieces = scan.plan(counts, KERNEL - 1, torch.device("cpu"))
         lefts, inputs = scan.halo(mine.qkv, begin.inputs, pieces)
-        mixed = convolved(mine.qkv, lefts, pieces.counts)
+        q, k, v = mixed(mine, lefts, pieces.counts)
         nothing = nothing_done(len(pieces.counts), HEADS, KEY_DIM, VALUE_DIM, torch.device("cpu"))
-        wide, done = recurrent(mixed, mine, nothing, pieces.counts, wide=True)
+        wide, done = ruled(q, k, widened(v, KEY_DIM), mine, nothing, pieces.counts)
         before, after = scan.states(done, begin.states)
         return corrected(wide, before, pieces.counts), Carried(inputs, after)
 
