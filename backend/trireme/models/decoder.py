@@ -135,7 +135,7 @@ class Decoder(nn.Module):
     def capture_states(self, num_items: int) -> dict[object, CapturedDeltaStep] | None:
         """Steps of states inside a CUDA graph, by the op, whose `run` stand in Items.plans; None where any cannot be captured."""
         captured = {step: step.captured(num_items) for step in self._steps}
-        made = {step: each for step, each in captured.items() if each is not None}
+        made: dict[object, CapturedDeltaStep] = {step: each for step, each in captured.items() if each is not None}
         return made if len(made) == len(captured) else None
 
     @torch.inference_mode()
