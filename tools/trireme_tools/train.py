@@ -11,7 +11,6 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from trireme.core.devices import num_gpus
 from trireme.core.refusal import Refusal
 from trireme_tools.home import project_home
 
@@ -29,10 +28,12 @@ def train(
     seed: int = 0,
 ) -> None:
     """Train the small model on generated word problems; writes a checkpoint, and a log of how it went beside it."""
+    import torch  # the other verbs do without
+
     if device == "auto":
-        device = "cuda" if num_gpus() else "cpu"
-    if device == "cuda" and not num_gpus():
-        raise Refusal("no GPU here", why="the driver names none", fix="leave out --device, or say cpu and wait for hours")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise Refusal("no GPU here", why="torch finds none", fix="leave out --device, or say cpu and wait for hours")
     # transformers must not pick up flash-linear-attention: its backward refuses Hopper with Triton 3.4 to 3.7.0 (its issue 640)
     sys.modules["fla"] = None  # type: ignore[assignment]
     from trireme_tools.learning import Recipe, learn
