@@ -7,7 +7,7 @@ import typer
 from typer.testing import CliRunner
 
 from trireme.core.refusal import Refusal
-from trireme.core.settings import Mtp, Settings
+from trireme.core.settings import Eplb, Mtp, Settings
 from trireme_tools.settings_options import FLAGS, override, settings_of_words, settings_options
 
 
@@ -27,8 +27,9 @@ def chosen_by(*words: str) -> dict:
 
 
 def test_every_setting_has_a_flag():
-    grouped = {f"mtp.{name}" for name in Mtp.__struct_fields__}
-    assert set(FLAGS) == set(Settings.__struct_fields__) - {"model", "mtp"} | grouped
+    groups = {"mtp": Mtp, "eplb": Eplb}
+    grouped = {f"{group}.{name}" for group, kind in groups.items() for name in kind.__struct_fields__}
+    assert set(FLAGS) == set(Settings.__struct_fields__) - {"model", *groups} | grouped
 
 
 def test_only_what_was_said_is_chosen():
@@ -57,6 +58,12 @@ def test_a_group_of_settings_keeps_what_was_not_chosen():
     assert settings.mtp == Mtp(num_tokens=2, adaptive=False, max_batch_size=7)
     assert override(settings, {"mtp": chosen_by("--mtp", "0")["mtp"]}).mtp.num_tokens == 0
     assert override(settings, {"async_depth": 2}).mtp == settings.mtp
+    assert override(settings, {"async_depth": 2}).eplb is None
+    assert override(settings, {"eplb": chosen_by("--eplb", "global")["eplb"]}).eplb == Eplb(policy="global")
+    assert chosen_by("--eplb-num-redundant-experts", "4", "--eplb-initial-map", "trivial")["eplb"] == {
+        "num_redundant_experts": 4,
+        "initial_map": "trivial",
+    }
     with pytest.raises(Refusal, match="mtp asks for 99 drafts"):
         override(settings, {"mtp": {"num_tokens": 99}})
 

@@ -12,7 +12,7 @@ import msgspec
 import typer
 
 from trireme.core.refusal import Refusal
-from trireme.core.settings import Settings, revise
+from trireme.core.settings import Eplb, Settings, revise
 from trireme.models.planner import SETTINGS
 
 
@@ -48,6 +48,10 @@ def _path(text: str) -> str:
     return str(Path(text).resolve())
 
 
+def _word_or_path(text: str) -> str:
+    return text if text == Eplb().initial_map else _path(text)
+
+
 # every setting but `model`, which each verb takes in its own way; a dot leads into a group of settings
 FLAGS = {
     "pipeline_parallel_size": Flag("pipeline stages", "--pp"),
@@ -77,8 +81,17 @@ FLAGS = {
     "num_pages": Flag("exact number of pages, in place of bytes"),
     "state_cache_memory_bytes": Flag("bytes of one rank's copies of states, for prefix reuse of hybrid models"),
     "mtp.num_tokens": Flag("drafts of a sequence at the most, where the checkpoint has a head for them: 0 is off", "--mtp"),
-    "mtp.adaptive": Flag("fewer drafts where few are accepted", "--mtp-adaptive"),
-    "mtp.max_batch_size": Flag("running sequences above which none are drafted", "--mtp-max-batch-size"),
+    "mtp.adaptive": Flag("fewer drafts where few are accepted"),
+    "mtp.max_batch_size": Flag("running sequences above which none are drafted"),
+    "eplb.policy": Flag("experts move to where there is room for their load: auto, hierarchical, global, skew or minimal", "--eplb"),
+    "eplb.num_redundant_experts": Flag("copies of busy experts in a layer"),
+    "eplb.interval": Flag("steps between two looks at the balance"),
+    "eplb.count_every": Flag("steps after which ranks report what they counted"),
+    "eplb.layers_per_step": Flag("layers that change at one step"),
+    "eplb.min_gain": Flag("the least part of the busiest rank's time that new maps must save"),
+    "eplb.dispatch": Flag("among copies: auto, static, dynamic or fake"),
+    "eplb.initial_map": Flag("trivial, or a file of maps or loads", read=_word_or_path),
+    "eplb.state": Flag("folder in which loads and maps are kept", read=_path),
     "threads_per_rank": Flag("CPU threads of a rank (default: cores / ranks)"),
     "default_max_tokens": Flag("for requests that name none"),
     "request_timeout_s": Flag("seconds after which a request that names no deadline is ended"),
@@ -139,8 +152,9 @@ def override(settings: Settings, chosen: dict[str, Any]) -> Settings:
     """The settings with what the user chose on the command line, checked again."""
     # those of a file name other stages or ranks
     outdated = dict.fromkeys(name for name, sizes in _NAMED_BY_PLACE.items() if sizes & set(chosen))
-    groups = {name: msgspec.structs.asdict(getattr(settings, name)) | value for name, value in chosen.items() if isinstance(value, dict)}
-    return revise(settings, outdated | chosen | groups)
+    groups = {name: getattr(settings, name) for name, value in chosen.items() if isinstance(value, dict)}
+    whole = {name: (msgspec.structs.asdict(group) if group else {}) | chosen[name] for name, group in groups.items()}
+    return revise(settings, outdated | chosen | whole)
 
 
 def settings_of_words(plan: str) -> dict[str, Any]:
@@ -166,10 +180,15 @@ def _parameter(name: str) -> str:
     return name.replace(".", "_")
 
 
+def _struct(hint: Any) -> type:
+    """Of a group of settings, which may be None where it is off."""
+    return next(kind for kind in (hint, *get_args(hint)) if isinstance(kind, type) and issubclass(kind, msgspec.Struct))
+
+
 def _option(name: str, flag: Flag) -> inspect.Parameter:
-    spelling = flag.name or f"--{name.replace('_', '-')}"
+    spelling = flag.name or f"--{_parameter(name).replace('_', '-')}"
     group, _, field = name.rpartition(".")
-    hint = get_type_hints(get_type_hints(Settings)[group] if group else Settings)[field]
+    hint = get_type_hints(_struct(get_type_hints(Settings)[group]) if group else Settings)[field]
     kinds = (bool, int, float) if flag.read is None else ()
     plain = next((kind for kind in kinds if kind is hint or kind in get_args(hint)), str)  # a str is checked by make_settings
     if plain is bool:
