@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from engine.driver import Driver, limits
@@ -99,12 +100,19 @@ def test_rows_are_counted_and_sequences_too():
 
 
 def test_drafts_take_no_page_from_others():
-    driver = Driver(limits(num_drafts=3, num_pages=3, max_model_len=40, inflight=1, enable_prefix_caching=False, adaptive_drafts=False))
-    driver.add(request("short", 14, max_tokens=3))  # one page
-    driver.add(request("long", 14, max_tokens=10))  # two pages
+    """Two that would draft into the one page left: it is not worth a preemption, and one of them stops before it needs a page."""
+    tight = limits(num_pages=3, max_model_len=40, inflight=1, enable_prefix_caching=False)
+    plain = Driver(tight)
+    plain.add(request("a", 14, max_tokens=4))
+    plain.rush()
+    first, second, *_ = plain.output("a")
+    assert first != second
+    driver = Driver(msgspec.structs.replace(tight, num_drafts=4, adaptive_drafts=False))
+    driver.add(request("a", 14, max_tokens=18, stop_token_ids=(second,)))
+    driver.add(request("b", 14, max_tokens=18, seed=1))
     driver.rush()
-    assert driver.scheduler.stats.preemptions == 0
-    assert most_samples(driver.steps) > 1
+    assert driver.output("a") == [first] and driver.scheduler.stats.preemptions == 0
+    assert most_samples(driver.steps) == 5
 
 
 @pytest.mark.parametrize("max_tokens", [1, 2, 3, 4, 5, 6])

@@ -4,8 +4,8 @@ A step holds decodes first, then prompt rows: half of those go to the oldest pro
 With context parallelism it holds the ones or the others, in turn.
 Pages and slots are given back only after the last planned step that names them has returned.
 
-A sequence that drafts is in one step at a time: its item there is its last token and the drafts that came with it, and what
-follows of them is the model's own text is known when the step has returned.
+A sequence with drafts is in one step at a time: its item is its last token and those drafts, and only the answer says how many of
+them are the model's own.
 """
 
 from __future__ import annotations
@@ -271,10 +271,8 @@ class Scheduler:
         return (1 + num_drafts).tolist(), replays.tolist(), rows[np.arange(rows.shape[1]) <= num_drafts[:, None]]
 
     def _drop_drafts(self, chosen: np.ndarray, room: int) -> None:
-        """Keep the drafts that have a place: in `room` rows, before the limit, and in pages; none where too many sequences run."""
+        """Keep the drafts that have a place: in `room` rows, before the limit, and in pages."""
         slots = self._slots
-        if len(self._running) > self.limits.max_drafting:
-            room = 0
         wanted = np.minimum(slots.num_drafts[chosen], slots.limit[chosen] - slots.length[chosen] - 1)
         wanted = np.clip(room - (np.cumsum(wanted) - wanted), 0, wanted)
         held = slots.held[chosen] * PAGE - slots.planned[chosen] - 1  # places for drafts in its pages; -1: it needs one anyhow
@@ -312,7 +310,7 @@ class Scheduler:
         need = self._prompts.left(oldest)
         alone = len(self._prompts) == 1 and not len(self._waiting)
         grain = PAGE if self._saves and rows >= 2 * PAGE else 1  # chunks end at whole pages, but nobody waits for a page of rows
-        share = need if need <= rows else rows if alone else -(-rows // (2 * grain)) * grain
+        share = need if need <= rows else rows if alone else -(-rows // 2)
         rows -= share
         while rows >= grain:
             shortest = self._prompts.shortest(sheet.flight.number, besides=oldest)
@@ -372,7 +370,7 @@ class Scheduler:
             limit=sequence.limit,
             held=len(sequence.pages),
             fed=self.limits.fed_back and self.limits.inflight > 1 and not sequence.sampling.waits_for_token,
-            drafting=self._drafts_for(sequence),
+            drafting=sequence.drafts,
         )
         self._running[sequence.slot] = sequence
         self._prompts.add(sequence)
@@ -383,12 +381,6 @@ class Scheduler:
             self.stats.snapshot_hits += 1
         self._began(sequence, len(found) * PAGE)
         return True
-
-    def _drafts_for(self, sequence: Sequence) -> bool:
-        """Whether a sequence may have drafts. What the sampler does to a row must not depend on the tokens just before it, and prompt
-        logprobs come with the first token."""
-        sampling = sequence.sampling
-        return self.limits.num_drafts > 0 and not (sampling.penalises or sampling.waits_for_token or sampling.prompt_logprobs is not None)
 
     def _fits(self, num_new: int) -> bool:
         """Whether a slot and the pages are there, and a few pages more for those that decode."""
@@ -545,7 +537,7 @@ class Scheduler:
             if sequence.prompt_logprobs is not None:
                 prompt_logprobs, sequence.prompt_logprobs = sequence.prompt_logprobs, None
                 sequence.sampling = msgspec.structs.replace(sequence.sampling, prompt_logprobs=None)
-                self._slots.drafting[sequence.slot] = self._drafts_for(sequence)
+                self._slots.drafting[sequence.slot] = sequence.drafts
             if sequence.index == 0:
                 self._release_siblings(group)
         sequence.emitted_at = now

@@ -102,6 +102,13 @@ class Sequence:
         return self.sampling.prompt_logprobs is None
 
     @property
+    def drafts(self) -> bool:
+        """Whether it may have drafts: what is sampled at a row must not depend on which tokens stand just before it, and prompt
+        logprobs, as long as they are to come, are told with one token."""
+        sampling = self.sampling
+        return not (sampling.penalises or sampling.waits_for_token or sampling.prompt_logprobs is not None)
+
+    @property
     def history(self) -> bytes:
         """The log as the sampler wants it on opening a slot."""
         return self.log.tobytes() if self.sampling.penalises or self.sampling.prompt_logprobs is not None else b""
