@@ -35,6 +35,7 @@ FOR_EXPERTS = {
     "tp2 ep2": (Plan(layer_cut=(4,), tp=2, ep=2, mtp=1), Regime()),
     "pp2 tp2 ep2 sp": (Plan(layer_cut=(2, 2), tp=2, ep=2, sp=True, mtp=1), Regime(sp=True)),
     "pp2 tp2 ep2 dispatched": (Plan(layer_cut=(2, 2), tp=2, ep=2, experts="dispatched", mtp=1), Regime()),
+    "cp2 moe_dp2": (Plan(layer_cut=(4,), cp=2, moe_dp=2, mtp=1), Regime(cp=True)),
     "cp2 ep2": (Plan(layer_cut=(4,), cp=2, ep=2, mtp=1), Regime(cp=True)),
 }
 CASES = [(family, plan) for family in HYBRID_FAMILIES for plan in (*PLANS, *(FOR_EXPERTS if family != "qwen3_5" else ()))]

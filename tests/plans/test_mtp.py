@@ -65,7 +65,12 @@ def test_greedy_tokens_are_transformers(pool, checkpoints, expected, family, pla
     with offline.running(settings(folder, plan, num_drafts, **values), pool) as engine:
         for time in ("first", "again"):
             requests = [Request(id=f"{time} {i}", prompt=prompt, sampling=greedy) for i, prompt in enumerate(PROMPTS)]
-            assert_same_tokens(folder, PROMPTS, tokens_of(engine, requests), expected[family])
+            answers = emissions_of(engine, requests)
+            assert all(answer[-1].error is None for answer in answers)
+            found = [[token for emission in answer for token in emission.tokens] for answer in answers]
+            assert_same_tokens(folder, PROMPTS, found, expected[family])
+            came = {len(emission.tokens) for answer in answers for emission in answer if emission.finish_reason is None}
+            assert came == set(range(1, num_drafts + 2)), "any number of drafts stood, and as many rows were replayed"
         stats = engine.stats
         assert 0 < stats.accepted_tokens < stats.drafted_tokens <= stats.verifications * num_drafts
         assert stats.preemptions > 0 or "num_pages" not in values, "the pool is meant to be too small"

@@ -2,17 +2,18 @@
 front decides; here it is worked out again, on the device, to know where a sequence's drafts begin.
 
 The head passes over every row of every step, so that its keys and values are whole. Where a step asks for drafts, a chain
-begins at each sampled item's last row that stands and goes on with a row for each further draft:
+begins at each sampled item's last row that stands, and has a row more for each further draft:
 
-    rows        5 | 6 7      5 was sampled before, 6 and 7 are drafts; 6 9 and something are sampled now, so the row of 6 stands
-    head's pass 6 | 9 .      each row with its next token; the row of 7 means nothing, and is written over by later ones
-    drafts          d        by the head's row with 9: what follows 9
-    chain             d      one row with d, at the place where 7 was: what follows d. And so on.
+    rows of an item      5  6  7     a token and two drafts of before
+    sampled              6  9  .     6 stands, 7 does not: the item has got 6 and 9
+    head's pass          6  9  .     each row with its next token; what the row of 7 keeps is written over later
+    first draft             d        from the row of 6, with 9
+    chain                      d e   a row with d where the row of 7 was, then one with e: the second draft, the third
 
-The host knows no place in this: it would have to wait for the device. So places are computed there. Attention, whose lengths
-the host plans, is planned for as many queries as an item has sampled rows, all of them the chain's one query: each sees the
-keys that there are if it is of the row that stands, and of that one the result is taken. Beyond an item's last page its chain
-has a spare one, so the front has no pages to keep ready.
+The host knows no place in this, or it would have to wait for the device. So places are computed there. Attention, whose lengths
+the host plans, is planned for as many queries as an item has sampled rows, all of them the chain's one query: each sees the keys
+that there are if its row is the last that stands, and of that one the result is taken. Beyond an item's last page its chain has a
+spare one, so that the front has no pages to keep ready.
 """
 
 from __future__ import annotations
