@@ -25,6 +25,14 @@ def test_a_stage_reads_the_fronts_file_and_paths_start_beside_the_repository(tmp
     assert (front.num_stages, front.inflight, front.fed_back) == (2, 3, True)
 
 
+def test_paths_of_eplb_start_there_too(tmp_path):
+    repo = repository(tmp_path, {"model": "m", "eplb": {"state": "loads", "initial_map": "maps.safetensors"}})
+    eplb = read_settings(repo / "stage_0" / "1" / "model.json").eplb
+    assert eplb is not None and (eplb.state, eplb.initial_map) == (str(tmp_path / "loads"), str(tmp_path / "maps.safetensors"))
+    assert Limits.of(make_settings({"model": "m", "eplb": {"count_every": 3}}), max_model_len=16, num_pages=1).count_every == 3
+    assert Limits.of(make_settings({"model": "m"}), max_model_len=16, num_pages=1).count_every is None
+
+
 def test_written_settings_read_back(tmp_path):
     settings = make_settings({"model": "/m", "link": "tensor", "layer_cut": [3, 1], "pipeline_parallel_size": 2, "mtp": {"num_tokens": 2}})
     repo = repository(tmp_path, json.loads(write_settings(settings)))
@@ -48,6 +56,8 @@ def test_written_settings_read_back(tmp_path):
         ({"model": "m", "mtp": {"num_token": 2}}, "num_token"),
         ({"model": "m", "mtp": {"num_tokens": 16}}, "mtp asks for 16 drafts"),
         ({"model": "m", "mtp": {"num_tokens": -1}}, "mtp asks for -1 drafts"),
+        ({"model": "m", "eplb": {"count_every": 0}}, "eplb.count_every=0 is too small"),
+        ({"model": "m", "eplb": {"policy": "fair"}}, "policy"),
         ({"model": "m", "devices": [[0], [1]]}, "devices names 2 stages but pipeline_parallel_size is 1"),
         ({"model": "m", "tensor_parallel_size": 2, "context_parallel_size": 2, "devices": [[0, 1]]}, "names 2 for the 4 ranks of stage 0"),
         ({"model": "m", "pipeline_parallel_size": 2, "devices": [[0], [1, 2]]}, "names 2 for the 1 ranks of stage 1"),

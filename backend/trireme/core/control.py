@@ -55,6 +55,7 @@ class StageState(msgspec.Struct, frozen=True, tag="state"):
     ranks: list[RankState] = []
     reordered: int = 0  # steps that came early and were held, since the stage began
     restarts: int = 0  # ranks started again
+    map_version: int = 0  # of the expert maps in force
 
 
 class Founded(msgspec.Struct, frozen=True, tag="founded"):
@@ -64,6 +65,7 @@ class Founded(msgspec.Struct, frozen=True, tag="founded"):
 
 class Joined(msgspec.Struct, frozen=True, tag="joined"):
     epoch: int
+    map_version: int = 0  # of the expert maps with which the stage begins the epoch: in force when the last one ended
 
 
 class Fault(msgspec.Struct, frozen=True, tag="fault"):
@@ -118,6 +120,8 @@ Answer = StageState | Founded | Joined | Prepared | Outcome | Fault
 _STEP, _ASK = b"S", b"A"
 _encoder = msgspec.msgpack.Encoder()
 _ask_decoder = msgspec.msgpack.Decoder(Ask)
+_push_decoder = msgspec.msgpack.Decoder(Push | Status)
+_offer_decoder = msgspec.msgpack.Decoder(Offer)
 
 
 class _Sealed(msgspec.Struct, frozen=True):
@@ -156,3 +160,20 @@ def open_answer(packed: bytes) -> Answer:
     answer = sealed.outcome if sealed.outcome is not None else sealed.other
     assert answer is not None, "an answer holds an outcome or another message"
     return answer
+
+
+def pack_push(push: Push | Status) -> bytes:
+    """A message to `eplb`. Status asks whether it is there, and is answered with an Offer of nothing."""
+    return _encoder.encode(push)
+
+
+def open_push(packed: bytes) -> Push | Status:
+    return _push_decoder.decode(packed)
+
+
+def pack_offer(offer: Offer) -> bytes:
+    return _encoder.encode(offer)
+
+
+def open_offer(packed: bytes) -> Offer:
+    return _offer_decoder.decode(packed)

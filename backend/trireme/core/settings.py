@@ -145,6 +145,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     num_drafts: int = 0  # of a sequence at the most; 0: no head drafts
     adaptive_drafts: bool = True
     max_drafting: int = 32  # running sequences above which none are drafted
+    count_every: int | None = None  # steps after which ranks report the loads of their experts; None: they do not count
 
     @classmethod
     def of(cls, settings: Settings, *, max_model_len: int, num_pages: int, num_snapshots: int | None = None, num_drafts: int = 0) -> Limits:
@@ -172,6 +173,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
             num_drafts=num_drafts,
             adaptive_drafts=settings.mtp.adaptive,
             max_drafting=settings.mtp.max_batch_size,
+            count_every=settings.eplb.count_every if settings.eplb is not None else None,
         )
 
 
@@ -223,6 +225,8 @@ def make_settings(values: dict[str, Any]) -> Settings:
             why=f"a token and its drafts are at most a page of {PAGE}",
             fix="set mtp.num_tokens from 0 (off) to 4: more are hardly ever accepted",
         )
+    if settings.eplb is not None:
+        _check_eplb(settings.eplb)
     if settings.gpu_memory_utilization > 1:
         raise Refusal(
             f"gpu_memory_utilization={settings.gpu_memory_utilization:g} is too much",
@@ -252,6 +256,12 @@ def _check_sequence_parallel(value: object) -> None:
             why="it says from how many rows of a step on the rows between layers are cut over tp",
             fix='set "off", "on", or a number of at least 1',
         )
+
+
+def _check_eplb(eplb: Eplb) -> None:
+    for name, least in {"num_redundant_experts": 0, "interval": 1, "count_every": 1, "layers_per_step": 1, "min_gain": 0}.items():
+        if (value := getattr(eplb, name)) < least:
+            raise Refusal(f"eplb.{name}={value} is too small", why=f"it must be at least {least}", fix=f"set eplb.{name}={least} or more")
 
 
 def _check_devices(devices: list[list[int]], settings: Settings) -> None:
@@ -293,6 +303,10 @@ def read_settings(path: Path) -> Settings:
     for name in ("model", "tokenizer", "step_trace"):
         if isinstance(values.get(name), str):
             values[name] = str((home / values[name]).resolve())
+    if isinstance(eplb := values.get("eplb"), dict):
+        for name in ("state", "initial_map"):
+            if isinstance(eplb.get(name), str) and eplb[name] != "trivial":
+                eplb[name] = str((home / eplb[name]).resolve())
     return make_settings(values)
 
 
