@@ -3,7 +3,8 @@ communicators and takes them away again. What a communicator does is comm's."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 
@@ -36,6 +37,17 @@ class Along:
         """Runs of rows to each place, [sum of sent, ...] -> [sum of received, ...]."""
         return x if self.size == 1 else self._group.all_to_all(x, sent, received)
 
+    @contextmanager
+    def held(self) -> Iterator[Group]:
+        """The group of this epoch, even once another began: for a thread that no epoch waits for. Left in an error it is closed,
+        which frees the others, and what they ask of it before the next epoch is LinkLost."""
+        group = self._group
+        try:
+            yield group
+        except Exception:
+            self._owner.drop(self._span, group)
+            raise
+
     @property
     def _group(self) -> Group:
         return self._owner.group(self._span)
@@ -55,9 +67,9 @@ class Collectives:
         """Those of more than one rank that were asked for, in one order for all ranks of the stage."""
         return sorted(self._needed)
 
-    def along(self, span: Span | str) -> Along:
-        """The ranks along a span, or along a named axis of the mesh."""
-        span = self.mesh.spans[span] if isinstance(span, str) else span
+    def along(self, span: Span | str, use: str = "") -> Along:
+        """The ranks along a span, or along a named axis of the mesh. `use`: see Span."""
+        span = (self.mesh.spans[span] if isinstance(span, str) else span)._replace(use=use)
         if span.size > 1:
             self._needed.add(span)
         return Along(self, span, self.rank)
@@ -65,6 +77,12 @@ class Collectives:
     def begin(self, groups: Mapping[Span, Group]) -> None:
         assert set(groups) == self._needed, "a group for each span"
         self._groups = groups
+
+    def drop(self, span: Span, group: Group) -> None:
+        """Close one group ahead of the others, if it is still the span's."""
+        if self._groups.get(span) is group:
+            self._groups = {other: each for other, each in self._groups.items() if other != span}
+            group.close()
 
     def leave(self) -> None:
         """Drop the epoch's groups, which frees ranks that wait in them."""

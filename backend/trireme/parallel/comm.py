@@ -143,8 +143,11 @@ class GlooGroup:
 
     def all_to_all(self, x: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
         came = x.new_empty(sum(received), *x.shape[1:])
+        group = self._group  # kept while it waits: `close` by another thread would wait, too, for the group's own thread
+        if group is None:
+            raise LinkLost(f"{self._name}: it was closed")
         with _lost_as(self._name):
-            self._group.alltoall_base(came, x.contiguous(), received, sent).wait()
+            group.alltoall_base(came, x.contiguous(), received, sent).wait()
         return came
 
     def close(self) -> None:

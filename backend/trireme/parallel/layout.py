@@ -130,7 +130,7 @@ def cut_of(layout: Layout, mesh: Mesh) -> Cut:
 def _pieces(have: Layout, want: Layout, mesh: Mesh) -> list[_Piece]:
     """The digits of a rank's number that both layouts are made of, innermost first."""
     had, wanted = _runs(have, mesh), _runs(want, mesh)
-    bounds = {bound for span in (*had, *wanted) for bound in span}
+    bounds = {bound for span in (*had, *wanted) for bound in span[:2]}
     if ROWS in (*had.values(), *wanted.values()):
         bounds.add(mesh.plan.tp)  # rows are dealt out along cp and tp
     found = []

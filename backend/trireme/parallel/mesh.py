@@ -17,6 +17,7 @@ class Span(NamedTuple):
 
     low: int
     high: int
+    use: str = ""  # of a communicator of its own, beside the one by which steps are computed
 
     @property
     def size(self) -> int:
@@ -97,6 +98,8 @@ class Mesh:
 
     def name_of(self, span: Span) -> str:
         """The axis that it is, a dense one where it is one of either view; else its bounds, as for the part of ep inside tp."""
+        if span.use:
+            return f"{self.name_of(span._replace(use=''))}.{span.use}"
         for axis in ("tp", "cp", "stage", "ep", "moe_tp", "moe_dp", "pp"):
             if self.spans[axis] == span:
                 return axis
