@@ -57,6 +57,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, fo
     max_num_seqs: int = 64  # sequences running at once
     max_num_batched_tokens: int = 512  # rows of one step
     max_micro_batch_size: int | None = None  # decoding sequences of one step; None: ready decodes / pp
+    dynamic_chunks: bool = True  # under pp, steps of long prompts shrink so that each takes equally long; measured while serving
     max_queue_size: int = 1024  # requests waiting; one more is refused as unavailable
     enable_prefix_caching: bool = True
     kv_cache_memory_bytes: int | None = None  # of one rank's pages; None: what is free on a GPU, 1 GiB on a CPU
@@ -134,6 +135,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
     max_micro_batch_size: int | None = None
+    dynamic_chunks: bool = False
     max_queue_size: int = 1024
     enable_prefix_caching: bool = True
     num_stages: int = 1
@@ -162,6 +164,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
             max_num_seqs=settings.max_num_seqs,
             max_num_batched_tokens=settings.max_num_batched_tokens,
             max_micro_batch_size=settings.max_micro_batch_size,
+            dynamic_chunks=settings.dynamic_chunks and settings.num_stages > 1,
             max_queue_size=settings.max_queue_size,
             enable_prefix_caching=settings.enable_prefix_caching,
             num_stages=settings.num_stages,

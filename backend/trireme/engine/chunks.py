@@ -1,0 +1,92 @@
+"""Chunks: how many rows of a long prompt go into one step of a pipeline, so that every chunk takes equally long. Arithmetic
+only; which prompt's rows they are is the scheduler's matter."""
+
+from __future__ import annotations
+
+from collections import deque
+from math import sqrt
+from typing import NamedTuple
+
+import numpy as np
+
+_ALIGN = 64  # rows: chunks are whole pages, and whole tiles of attention and delta kernels
+_SMOOTH = 0.75  # how far a chunk goes from the usual size to the exact one
+_ODD = 6.0  # median deviations, beyond which a step is left out: it compiled a kernel, or the machine did something else
+_LEAST_SAMPLES = 8  # below, nothing is fitted
+_MOST_SAMPLES = 256  # the latest
+
+
+class ChunkCost(NamedTuple):
+    """Seconds of a step with x rows of a prompt that has L rows before them: pair (x^2 + 2 L x) + row x + prefix L + step.
+
+    `pair`: attention, where x rows see L rows and half of one another. `prefix`: what is done anew for every row before, as where
+    latent keys are expanded. Models whose cost is linear have pair = 0.
+    """
+
+    pair: float
+    row: float
+    prefix: float = 0.0
+    step: float = 0.0
+
+
+def chunk_rows(cost: ChunkCost, start: int, usual: int) -> int:
+    """Rows of the chunk at position `start` that takes as long as `usual` rows at position 0, smoothed, whole tiles, at most
+    `usual` and at least a quarter of it.
+
+    The positive root of pair x^2 + (2 pair L + row) x = T; SGLang's dynamic chunk sizer, whose numbers for pair = 1e-6,
+    row = 0.01, usual = 4096 are 4096, 2496, 1536, 1152 at 0, 8192, 32768, 131072. Stable also where pair is 0.
+    """
+    budget = cost.pair * usual * usual + cost.row * usual - cost.prefix * start
+    slope = 2 * cost.pair * start + cost.row
+    root = slope + sqrt(max(0.0, slope * slope + 4 * cost.pair * budget))
+    exact = 2 * budget / root if root > 0 else usual
+    smooth = usual + _SMOOTH * (exact - usual)
+    rows = int(min(usual, max(smooth, usual / 4)))
+    return max(rows // _ALIGN * _ALIGN, min(usual, _ALIGN))
+
+
+class ChunkSizer:
+    """Fits a ChunkCost to steps that have been measured, anew with each: least squares over the latest, no term below zero."""
+
+    def __init__(self, usual: int):
+        self._usual = usual  # rows of a step
+        self._samples: deque[tuple[float, float, float, float, float]] = deque(maxlen=_MOST_SAMPLES)
+        self._cost: ChunkCost | None = None
+
+    def learn(self, starts: np.ndarray, counts: np.ndarray, seconds: float) -> None:
+        """A step with items of `counts` rows from positions `starts` kept its slowest stage busy for so long."""
+        starts, counts = starts.astype(np.float64), counts.astype(np.float64)
+        pairs = (counts * counts + 2 * starts * counts).sum()
+        self._samples.append((pairs, counts.sum(), starts.sum(), 1.0, seconds))
+        self._cost = None
+
+    def rows(self, start: int) -> int:
+        """Rows of the next chunk of a prompt of which `start` rows are behind; the usual number while too little is known."""
+        if len(self._samples) < _LEAST_SAMPLES:
+            return self._usual
+        if self._cost is None:
+            self._cost = fit(np.array(self._samples))
+        return chunk_rows(self._cost, start, self._usual)
+
+
+def fit(samples: np.ndarray) -> ChunkCost:
+    """Least squares of [n, 5]: pairs, rows, prefix rows, 1, seconds; again without the steps that it says were odd."""
+    cost = _least_squares(samples)
+    deviations = np.abs(samples[:, :4] @ np.array(cost) - samples[:, 4])
+    return _least_squares(samples[deviations <= _ODD * max(np.median(deviations), 1e-9)])
+
+
+def _least_squares(samples: np.ndarray) -> ChunkCost:
+    """A term that comes out negative is left out, the most negative first, and the rest fitted again."""
+    x, y = samples[:, :4], samples[:, 4]
+    scale = np.maximum(np.abs(x).max(axis=0), 1e-30)
+    kept = list(range(4))
+    while kept:
+        found = np.linalg.lstsq(x[:, kept] / scale[kept], y, rcond=None)[0]
+        if found.min() >= 0:
+            break
+        del kept[int(found.argmin())]
+    terms = np.zeros(4)
+    if kept:
+        terms[kept] = found / scale[kept]
+    return ChunkCost(*terms.tolist())
