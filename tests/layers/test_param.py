@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from trireme.core.refusal import Refusal
 from trireme.layers.block import Build
 from trireme.layers.param import Param, Part, by_columns, by_groups, by_heads, by_rows, by_slots, vocabulary
+from trireme.parallel.placement import Placement
 from trireme.parallel.plan import Plan
 from trireme_kernels.choose import Choices
 
@@ -81,8 +82,8 @@ def test_what_is_added_when_a_param_is_filled():
 
 def test_the_pieces_of_stacked_experts():
     """The last of four ranks, two along ep and two along moe_tp, of six experts of four gates and four ups."""
-    param = Param(build(tp=4, ep=2, rank=3), (6, 8, 5), by_slots("ep", 6), by_columns("moe_tp", 4, 4, dim=1))
-    assert param.shape == (3, 4, 5) and param.experts == range(3, 6)
+    param = Param(build(tp=4, ep=2, rank=3), (6, 8, 5), by_slots("ep", Placement(6, 2, 1)), by_columns("moe_tp", 4, 4, dim=1))
+    assert param.shape == (3, 4, 5) and param.experts == [3, 4, 5]
     assert param.cells() == [(part, expert) for expert in (3, 4, 5) for part in (0, 1)]
     assert param.tensor_shape((1,), 4) == (4, 5) and param.tensor_shape((0, 1)) == (6, 8, 5)
     assert param.pieces((1,), 4) == [(run(2, 4, 0, 5), run(1, 2, 2, 4, 0, 5))]
@@ -109,7 +110,9 @@ def test_ranks_together_hold_every_expert(sizes: dict, fused: bool):
     whole = torch.arange(4.0 * 16 * 3).view(4, 16, 3)
     times = torch.zeros_like(whole)
     for rank in range(sizes["tp"] * sizes.get("cp", 1)):
-        param = Param(build(rank=rank, **sizes), (4, 16, 3), by_slots("ep", 4), by_columns("moe_tp", 8, 8, dim=1))
+        made = build(rank=rank, **sizes)
+        place, num_ranks = made.place("ep")
+        param = Param(made, (4, 16, 3), by_slots("ep", Placement(4, num_ranks, place)), by_columns("moe_tp", 8, 8, dim=1))
         assert param.experts is not None
         tensors = [((0, 1), None, whole, times)] if fused else []
         for expert in () if fused else param.experts:
@@ -118,7 +121,7 @@ def test_ranks_together_hold_every_expert(sizes: dict, fused: bool):
             for piece in param.pieces(parts, expert):
                 param.data[piece.target].copy_(tensor[piece.source])
                 counted[piece.source] += 1
-        held = torch.isin(param.data, whole[param.experts.start : param.experts.stop])
+        held = torch.isin(param.data, whole[param.experts])
         assert held.all() and param.data.unique().numel() == param.numel()
     assert bool((times == sizes.get("moe_dp", 1)).all())
 

@@ -9,7 +9,6 @@ from threads import Boards, on_every_rank
 from trireme.parallel.collectives import Collectives
 from trireme.parallel.experts import Compute, make_strategy
 from trireme.parallel.mesh import Mesh
-from trireme.parallel.placement import Placement
 from trireme.parallel.plan import Plan
 
 EXPERTS, TOP_K, HIDDEN = 8, 3, 5
@@ -43,7 +42,7 @@ def strategies(kind: str, ep: int, boards: Boards) -> list:
     plan, made = Plan(layer_cut=(1,), tp=ep, ep=ep), []
     for rank in range(ep):
         collectives = Collectives(Mesh(plan), rank)
-        made.append(make_strategy(kind, Placement(EXPERTS, ep), collectives))
+        made.append(make_strategy(kind, EXPERTS // ep, collectives))
         collectives.begin(boards.groups(collectives))
     return made
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -31,6 +33,8 @@ class Build:
     dtype: torch.dtype
     choices: Choices  # ops, chosen once
     rank: int = 0  # inside the stage
+    maps: Mapping[int, np.ndarray] = field(default_factory=dict)  # of experts, where not trivial, by number as in Decoder.mixtures
+    map_version: int = 0  # of the stage, that brought them
 
     @property
     def first(self) -> bool:

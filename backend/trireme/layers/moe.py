@@ -17,7 +17,12 @@ from trireme.parallel.placement import Placement
 
 
 class Moe(Block):
-    """Rows [T, H] -> [T, H]: the sum of each row's experts, weighted by the router, and of the shared expert."""
+    """Rows [T, H] -> [T, H]: the sum of each row's experts, weighted by the router, and of the shared expert.
+
+    Where loads are balanced, `loads` int32 [E] grows by the rows that each expert was given, on one of the ranks that see them;
+    whoever reads it zeroes it. `picks` int64 [T, k] are the slots of the last rows, on ranks along strategy.owes, which must have
+    chosen alike: placement.fingerprint of them is one number to compare.
+    """
 
     def __init__(self, build: Build, layer: int):
         super().__init__(f"layers.{layer}.mlp")
@@ -25,16 +30,23 @@ class Moe(Block):
         hidden, num_experts, width = spec.hidden, spec.num_experts, spec.moe_intermediate
         self.norm = norm_weight(build, hidden)
         self.router = Linear(build, num_experts, hidden)
-        slots = by_slots("ep", num_experts)
+        self.placement = placement = _placement(build)
+        slots = by_slots("ep", placement)
         self.gate_up = Param(build, (num_experts, 2 * width, hidden), slots, by_columns("moe_tp", width, width, dim=1))
         self.down = Param(build, (num_experts, hidden, width), slots, by_rows("moe_tp", width, dim=2))
 
-        placement = Placement(num_experts, build.place("ep")[1])
-        self.strategy = make_strategy(build.plan.experts, placement, build.collectives)
+        self.strategy = make_strategy(build.plan.experts, placement.slots_per_rank, build.collectives)
         self.takes, self.gives = self.strategy.takes, self.strategy.gives
         self.shared = SharedExpert(build, self.strategy.owes) if spec.shared_intermediate else None
 
-        self.route = build.choices("route", num_experts=num_experts)
+        self.route = route_evenly if build.plan.dispatch == "fake" else build.choices("route", num_experts=num_experts)
+        self.count = build.choices("count_experts", num_experts=num_experts)
+        place, num_alike = build.place(self.strategy.owes)  # ranks that see the same rows
+        counts = build.plan.eplb and place == 0
+        self.loads = torch.zeros(num_experts, dtype=torch.int32, device=build.device) if counts else None
+        self.picks: torch.Tensor | None = None
+        self._keeps_picks = build.plan.eplb and num_alike > 1
+        self._first_copy = build.place("moe_dp")[0] == 0
         self.grouped_linear = build.choices("grouped_linear", num_slots=placement.slots_per_rank)
         self.silu_mul = build.choices("silu_mul", intermediate=width)
         self._top_k, self._renormalise = spec.num_experts_per_tok, spec.norm_topk_prob
@@ -44,7 +56,12 @@ class Moe(Block):
 
     def forward(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
         weights, experts = self.route(self.router(x), self._top_k, self._renormalise)
-        mixed = self.strategy(x, experts, weights, self._compute)
+        if self.loads is not None and (self._first_copy or batch.shared is not None):  # without context shards copies see the same rows
+            self.count(experts, batch.num_rows, self.loads)
+        slots = self.placement.slots(experts)
+        if self._keeps_picks:
+            self.picks = slots
+        mixed = self.strategy(x, slots, weights, self._compute)
         return mixed if self.shared is None else self.shared(x, mixed)
 
     def _compute(self, rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
@@ -52,6 +69,27 @@ class Moe(Block):
         plan = self.grouped_linear.plan(counts, len(rows))
         gate_up = self.grouped_linear.run(rows, self.gate_up, plan)
         return self.grouped_linear.run(self.silu_mul(gate_up), self.down, plan)
+
+
+def _placement(build: Build) -> Placement:
+    plan, (place, num_ranks) = build.plan, build.place("ep")
+    return Placement(
+        build.spec.num_experts,
+        num_ranks,
+        place,
+        num_redundant=plan.num_redundant_experts,
+        choice="static" if plan.dispatch == "static" else "dynamic",
+        changes=plan.eplb,
+        device=build.device,
+    )
+
+
+def route_evenly(logits: torch.Tensor, top_k: int, renormalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The op `route` for benchmarks of a perfect balance: logits [T, E] -> equal weights float32 [T, top_k] and experts int64
+    [T, top_k], which rows take in turns, so that no expert has more than one row more than another."""
+    num_rows, num_experts = logits.shape
+    turns = torch.arange(num_rows * top_k, device=logits.device).view(num_rows, top_k)
+    return logits.new_full((num_rows, top_k), 1 / top_k, dtype=torch.float32), turns % num_experts
 
 
 class SharedExpert(nn.Module):

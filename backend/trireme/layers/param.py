@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from math import ceil
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
 from trireme.core.refusal import Refusal
+from trireme.parallel.placement import Placement
 
 if TYPE_CHECKING:
     from trireme.layers.block import Build
@@ -53,7 +56,11 @@ class Cut:
     parts: tuple[Part, ...]
     axis: str | None = None
     dim: int = 0
-    stacked: bool = False  # rows along the dim are experts, and a checkpoint may have a tensor for each
+    placement: Placement | None = None  # rows along the dim are slots of experts, and a checkpoint may have a tensor for each
+
+    @property
+    def stacked(self) -> bool:
+        return self.placement is not None
 
 
 def by_heads(axis: str, num_heads: int, num_kv_heads: int, head_dim: int, *, gated: bool = False) -> Cut:
@@ -78,9 +85,9 @@ def by_rows(axis: str | None, num_units: int, unit: int = 1, *, dim: int = 1) ->
     return Cut((Part(num_units, unit),), axis, dim)
 
 
-def by_slots(axis: str, num_experts: int) -> Cut:
-    """Experts, each in a slot of one rank."""
-    return Cut((Part(num_experts),), axis, stacked=True)
+def by_slots(axis: str, placement: Placement) -> Cut:
+    """Experts, each in one slot or in several. Which are here the placement says, also when its map has changed."""
+    return Cut((Part(placement.num_slots),), axis, placement=placement)
 
 
 def vocabulary(axis: str, vocab_size: int) -> Cut:
@@ -102,17 +109,17 @@ class Piece(NamedTuple):
 
 
 class Param(nn.Parameter):
-    """A rank's share of a weight, empty until filled. `whole` is the shape that all ranks' shares make up; `plus` is added to what
-    a checkpoint has.
+    """A rank's share of a weight, empty until filled. `whole` is the shape that all ranks' shares make up, without copies; `plus` is
+    added to what a checkpoint has.
 
     Each cut is of another dim, and at most one of them joins several parts. Experts' gates and ups, two ranks along ep and two
     along moe_tp, as the last of both has them:
 
-        Param(build, (E, 2 * I, H), by_slots("ep", E), by_columns("moe_tp", I, I, dim=1))
+        Param(build, (E, 2 * I, H), by_slots("ep", placement), by_columns("moe_tp", I, I, dim=1))
 
               0  gate  I   up   2I
             0 ┌────────┬────────┐
-              │        │        │       local shape [E/2, I, H]: experts from E/2 on,
+              │        │        │       local shape [E/2, I, H]: experts from E/2 on (each in the slot of its number),
           E/2 ├────┬───┼────┬───┤       and of each the second half of its gate
               │    │███│    │███│       and the second half of its up
             E └────┴───┴────┴───┘
@@ -135,9 +142,10 @@ class Param(nn.Parameter):
         return len(self.cuts[self._joined].parts)
 
     @property
-    def experts(self) -> range | None:
-        """Numbers of the experts that this rank has; None where the Param is not of experts."""
-        return self._shares[0][0] if self.cuts[0].stacked else None
+    def experts(self) -> list[int] | None:
+        """Numbers of the experts that this rank has, each once; None where the Param is not of experts."""
+        placement = self.cuts[0].placement
+        return None if placement is None else np.unique(placement.here).tolist()
 
     def cells(self, parts: tuple[int, ...] | None = None, expert: int | None = None) -> list[Cell]:
         """What a tensor of these parts fills here, of one expert or of all; without arguments all that there is to fill."""
@@ -160,14 +168,18 @@ class Param(nn.Parameter):
 
     def pieces(self, parts: tuple[int, ...], expert: int | None = None, *, interleaved: bool = False) -> list[Piece]:
         """What this rank takes of such a tensor, part by part. In an interleaved one units of the parts alternate, and each unit
-        is a piece."""
-        assert expert is None or not interleaved, "experts' tensors are joined part by part"
+        is a piece; of experts each run of slots is one in which experts follow one another."""
+        placement = self.cuts[0].placement
+        assert placement is None or not interleaved, "experts' tensors are joined part by part"
         found = []
-        for part, piece in zip(parts, self._part_by_part(parts, expert), strict=True):
-            found += self._unit_by_unit(piece, parts, part) if interleaved else [piece]
+        for part, piece in zip(parts, self._part_by_part(parts), strict=True):
+            if placement is not None:
+                found += _slot_by_slot(piece, placement.here, expert)
+            else:
+                found += self._unit_by_unit(piece, parts, part) if interleaved else [piece]
         return found
 
-    def _part_by_part(self, parts: tuple[int, ...], expert: int | None) -> list[Piece]:
+    def _part_by_part(self, parts: tuple[int, ...]) -> list[Piece]:
         found, before = [], 0  # rows of the tensor that earlier parts have
         for part in parts:
             source, target = [], []
@@ -177,9 +189,6 @@ class Param(nn.Parameter):
                     share, skip, start = shares[part], before, sum(map(len, shares[:part]))
                 source.append(slice(skip + share.start, skip + share.stop))
                 target.append(slice(start, start + len(share)))
-            if expert is not None:
-                place = self._shares[0][0].index(expert)
-                source, target = source[1:], [slice(place, place + 1), *target[1:]]
             found.append(Piece(tuple(source), tuple(target)))
             before += self.cuts[self._joined].parts[part].whole
         return found
@@ -199,6 +208,18 @@ class Param(nn.Parameter):
             target[dim] = slice(start + number * unit, start + (number + 1) * unit)
             found.append(Piece(tuple(source), tuple(target)))
         return found
+
+
+def _slot_by_slot(piece: Piece, here: np.ndarray, expert: int | None) -> list[Piece]:
+    """A part's piece of the tensor of one expert, for each of its slots, or of a tensor of all experts, for each run of slots.
+    `here` int32 [S]: the expert in each slot of this rank."""
+    if expert is not None:
+        return [Piece(piece.source[1:], (slice(slot, slot + 1), *piece.target[1:])) for slot in np.flatnonzero(here == expert).tolist()]
+    found = []
+    for slot, end in pairwise([0, *(np.flatnonzero(np.diff(here) != 1) + 1).tolist(), len(here)]):
+        first = int(here[slot])
+        found.append(Piece((slice(first, first + end - slot), *piece.source[1:]), (slice(slot, end), *piece.target[1:])))
+    return found
 
 
 def norm_weight(build: Build, size: int) -> Param:

@@ -27,15 +27,20 @@ class Shares(NamedTuple):
     slots: int = 1  # the experts
     expert: int = 1  # the columns of one expert
     shared: int = 1  # the columns of the shared expert
+    num_redundant: int = 0  # slots beyond the experts, before they are shared
 
     @classmethod
     def of(cls, plan: Plan, spec: Spec) -> Shares:
         shared = plan.moe_tp if plan.experts == "dispatched" else plan.ep * plan.moe_tp  # the ranks that owe the sum
-        return cls(plan.tp, plan.ep, plan.moe_tp, shared if spec.shared_intermediate % shared == 0 else 1)
+        return cls(plan.tp, plan.ep, plan.moe_tp, shared if spec.shared_intermediate % shared == 0 else 1, plan.num_redundant_experts)
 
     def kv_heads(self, spec: Spec) -> int:
         """Of a rank; where ranks outnumber them, a copy of one."""
         return max(1, spec.num_kv_heads // self.heads)
+
+    def slots_of(self, spec: Spec) -> int:
+        """Slots of a rank, in each layer with experts."""
+        return (spec.num_experts + self.num_redundant) // self.slots
 
     def delta(self, spec: Spec) -> Delta:
         """Sizes of a rank's share of a delta layer."""
@@ -93,7 +98,7 @@ def layer_params(spec: Spec, kind: Kind, shares: Shares = ALONE) -> LayerParams:
     return LayerParams(
         mixer,
         mlp=hidden * spec.num_experts + shared + hidden,
-        slots=spec.num_experts // shares.slots,
+        slots=shares.slots_of(spec),
         expert=3 * hidden * (spec.moe_intermediate // shares.expert),
         single=single,
     )
@@ -214,7 +219,7 @@ def activation_bytes(spec: Spec, plan: Plan, rows: int, samples: int, item_bytes
         widest.append(near * (2 * spec.hidden + 3 * spec.intermediate // shares.heads))
     if any(spec.sparse):
         seen = ceil(rows / plan.moe_dp)
-        sent = seen * min(spec.num_experts_per_tok, spec.num_experts // shares.slots)
+        sent = seen * min(spec.num_experts_per_tok, shares.slots_of(spec))
         widest.append(2 * seen * spec.hidden + sent * (2 * spec.hidden + 3 * spec.moe_intermediate // shares.expert))
     residual = ceil(near / plan.tp) if plan.sp else near
     logits = samples * vocabulary_rows(spec, plan, rank=0) * (item_bytes + 4)

@@ -16,6 +16,7 @@ from trireme.layers.block import Block, Build, PerRequest, PerToken
 from trireme.layers.delta import GatedDeltaNet
 from trireme.layers.embed import Embed, Head
 from trireme.layers.linear import Linear
+from trireme.layers.moe import Moe
 from trireme.layers.names import Names, table
 from trireme.layers.param import Param
 from trireme.models.mtp import Join, MtpHead, with_head
@@ -118,6 +119,9 @@ class Decoder(nn.Module):
                 block.cache = len(self.keeps)
                 self.keeps.append(block.keeps)
         self._attends: dict[int, PagedAttention] = {block.window: block.attend for block in blocks if isinstance(block, Attention)}
+        self.mixtures: list[Moe] = [block for block in blocks if isinstance(block, Moe)]  # the head's that drafts is last
+        for number, map in build.maps.items():
+            self.mixtures[number].placement.rewrite(map, build.map_version)
         self._steps: set[DeltaStep] = {block.step for block in blocks if isinstance(block, GatedDeltaNet)}
 
     def plan_attention(self, query_lens: np.ndarray, kv_lens: np.ndarray, page_table: np.ndarray) -> dict[int, Attend]:

@@ -26,6 +26,9 @@ class Plan:
     experts: Literal["gathered", "dispatched"] = "gathered"
     whole_edges: bool = False  # whether stages hand on every row, as the tensor link does, or each rank its own
     mtp: int = 0  # drafts of a sequence at the most, by the checkpoint's own head; 0: it is not loaded
+    eplb: bool = False  # whether the loads of experts are counted, and which slots hold which may change
+    num_redundant_experts: int = 0  # slots of a layer beyond its experts
+    dispatch: Literal["dynamic", "static", "fake"] = "dynamic"  # among copies of an expert; fake: a router that is even, and dynamic
 
     def __post_init__(self):
         if min(self.tp, self.cp, self.ep, self.moe_dp) < 1 or not self.layer_cut:
@@ -42,12 +45,25 @@ class Plan:
                 why="a copy of the experts serves the rows of one context shard, or of all",
                 fix=f"use moe_dp=1 or moe_dp={self.cp}",
             )
+        if self.num_redundant_experts < 0 or (self.num_redundant_experts and not self.eplb):
+            raise Refusal(
+                f"num_redundant_experts={self.num_redundant_experts} with eplb={self.eplb}",
+                why="copies are of the experts that are busy, and only EPLB knows which are",
+                fix="set eplb, or leave out num_redundant_experts",
+            )
+        if self.dispatch == "static" and self.experts == "gathered":
+            raise Refusal(
+                "dispatch=static with experts=gathered",
+                why="all ranks see the same rows there, and if each chose its own copy of an expert rows would be computed twice, or never",
+                fix="use dispatch=dynamic, or experts=dispatched",
+            )
 
     def __str__(self) -> str:
         """As on the command line, without what is one or off: "pp2 tp2 ep2 sp mtp3"."""
         sizes = {"pp": self.pp, "tp": self.tp, "cp": self.cp, "moe_dp": self.moe_dp, "ep": self.ep}
         words = [f"{name}{size}" for name, size in sizes.items() if size > 1]
         words += ["sp"] * self.sp + ["dispatched"] * (self.experts == "dispatched") + [f"mtp{self.mtp}"] * (self.mtp > 0)
+        words += [f"eplb{self.num_redundant_experts or ''}"] * self.eplb + [self.dispatch] * (self.dispatch != "dynamic")
         return " ".join(words) or "one rank"
 
     @property
@@ -81,7 +97,8 @@ class Plan:
     def of(cls, settings: Settings, spec: Spec) -> Plan:
         """The plan that settings ask for. Refusal where the checkpoint cannot be spread so."""
         num_stages, cut = settings.pipeline_parallel_size, settings.layer_cut
-        mtp = settings.mtp.num_drafts(spec.num_mtp_layers)
+        mtp, eplb = settings.mtp.num_drafts(spec.num_mtp_layers), settings.eplb
+        auto = "static" if settings.experts == "dispatched" else "dynamic"
         if cut is not None and (sum(cut) != spec.num_layers or min(cut) < 1):
             raise Refusal(
                 f"layer_cut={cut} does not cut {spec.num_layers} layers into {num_stages} stages",
@@ -98,6 +115,9 @@ class Plan:
             experts=settings.experts,
             whole_edges=settings.link == "tensor",
             mtp=mtp,
+            eplb=eplb is not None,
+            num_redundant_experts=0 if eplb is None else eplb.num_redundant_experts,
+            dispatch="dynamic" if eplb is None else auto if eplb.dispatch == "auto" else eplb.dispatch,
         )
         plan.check(spec)
         return plan
@@ -119,7 +139,7 @@ class Plan:
         if not all(spec.sparse):
             _divides("tp", tp, spec.intermediate, "columns of the MLP", "each rank has equally many")
         if any(spec.sparse):
-            _divides("ep", self.ep, spec.num_experts, "experts", "each rank has equally many slots")
+            self._check_slots(spec)
             _divides("moe_tp", self.moe_tp, spec.moe_intermediate, "columns of an expert", "moe_tp = tp * cp / (ep * moe_dp)")
             if self.experts == "dispatched" and self.ep > 1 and max(tp, self.moe_tp) % min(tp, self.moe_tp):
                 raise Refusal(
@@ -127,11 +147,28 @@ class Plan:
                     why="groups of one size must nest in groups of the other",
                     fix="use experts=gathered, or another ep",
                 )
-        elif self.ep > 1 or self.moe_dp > 1:
+        elif self.ep > 1 or self.moe_dp > 1 or self.eplb:
             raise Refusal(
-                f"ep={self.ep} and moe_dp={self.moe_dp} for a checkpoint without experts",
+                f"ep={self.ep} and moe_dp={self.moe_dp}{' and eplb' * self.eplb} for a checkpoint without experts",
                 why=f"{spec.family} is dense",
-                fix="leave out ep and moe_dp",
+                fix=f"leave out ep and moe_dp{' and eplb' * self.eplb}",
+            )
+
+    def _check_slots(self, spec: Spec) -> None:
+        redundant, most = self.num_redundant_experts, spec.num_experts * (self.ep - 1)
+        if not redundant:
+            _divides("ep", self.ep, spec.num_experts, "experts", "each rank has equally many slots")
+        elif redundant > most:
+            raise Refusal(
+                f"num_redundant_experts={redundant} for {spec.num_experts} experts on ep={self.ep} ranks",
+                why=f"with {most} every rank has every expert, and a second copy on one rank serves nothing",
+                fix=f"use at most {most}" if most else "use an ep above 1, or leave it out",
+            )
+        elif (lacking := -(spec.num_experts + redundant) % self.ep) != 0:
+            raise Refusal(
+                f"ep={self.ep} does not divide {spec.num_experts} experts and {redundant} redundant ones",
+                why="each rank has equally many slots",
+                fix=f"use num_redundant_experts={redundant + lacking}",
             )
 
 

@@ -97,8 +97,8 @@ def fill_dummy(decoder: Decoder, seed: int = 0) -> Manifest:
             else:
                 noise = torch.Generator(param.device).manual_seed(zlib.crc32(f"{_origin(decoder, name)} {part} {expert}".encode(), seed))
                 whole = torch.empty(param.tensor_shape((part,), expert), device=param.device).normal_(0.0, 0.02, generator=noise)
-            [piece] = param.pieces((part,), expert)
-            param.fill(piece, whole[piece.source])
+            for piece in param.pieces((part,), expert):  # of an expert, one for each of its copies here
+                param.fill(piece, whole[piece.source])
         num_bytes += param.nbytes
     decoder.prepare()
     return Manifest(0, 0, 0, 0, 0, num_bytes)

@@ -1,0 +1,1 @@
+"""count_experts: how many rows each expert was given."""
