@@ -73,6 +73,7 @@ FLAGS = {
     "max_num_seqs": Flag("sequences running at once"),
     "max_num_batched_tokens": Flag("rows of one step"),
     "max_micro_batch_size": Flag("decoding sequences of one step (default: ready decodes / pp)"),
+    "dynamic_chunks": Flag("under pp, steps of long prompts shrink so that each takes equally long"),
     "max_queue_size": Flag("requests that may wait"),
     "enable_prefix_caching": Flag("reuse pages of equal prompt beginnings"),
     "kv_cache_memory_bytes": Flag("bytes of one rank's key/value pages"),
