@@ -92,8 +92,8 @@ class _Graph:
     ):
         build, one = decoder.build, np.ones(size, np.int32)
         deal = Deal(build.plan, build.rank, one, Regime(), build.device)
-        padding = np.array([[0], [0], [0], [scratch_page * PAGE]])
-        self._padding = np.repeat(padding, size, axis=1)  # int64 [4, size]: tokens, slots, positions, pages
+        padding = np.array([[0], [0], [0], [scratch_page * PAGE], [0]])
+        self._padding = np.repeat(padding, size, axis=1)  # int64 [5, size]: tokens, slots, positions, pages; first of the last, how many
         self._numbers = torch.from_numpy(self._padding).to(build.device)
         self._edge = (
             None if build.first else torch.zeros(decoder.num_edge_rows(deal), build.spec.hidden, dtype=build.dtype, device=build.device)
@@ -108,7 +108,7 @@ class _Graph:
         self._head_rows = torch.arange(size, device=build.device)  # kept, as all that a graph reads
 
         def forward() -> Computed:
-            tokens, slots, positions, pages = self._numbers
+            tokens, slots, positions, pages, num_rows = self._numbers
             batch = Batch(
                 tokens=fill(tokens, slots) if build.first else tokens,
                 positions=positions,
@@ -118,6 +118,7 @@ class _Graph:
                 caches=caches,
                 head_rows=self._head_rows,
                 items=Items(slots, positions == 0, one, zero, zero > 0, {op: advance.run for op, advance in advances.items()}),
+                num_rows=num_rows[:1],
             )
             return decoder.forward(batch, deal, self._edge)
 
@@ -133,7 +134,8 @@ class _Graph:
         host = torch.empty(self._numbers.shape, dtype=torch.int64, pin_memory=True)
         numbers = host.numpy()
         numbers[:] = self._padding
-        numbers[:, :num_rows] = rows.tokens, rows.slots, rows.positions, rows.pages
+        numbers[:4, :num_rows] = rows.tokens, rows.slots, rows.positions, rows.pages
+        numbers[4, 0] = num_rows
         self._numbers.copy_(host, non_blocking=True)
         for attend in self._attends.values():
             attend.plan(rows.ends, page_table)
