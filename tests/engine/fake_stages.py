@@ -33,6 +33,8 @@ class FakeStage:
         self.stage, self.stages = stage, stages
         self.state, self.detail = "ready", ""
         self.epoch, self.number, self.checksum, self.early = -1, 0, 0, {}
+        self.map_version = self.map_ready = 0
+        self.num_counted = 0  # steps since loads were reported
         self.lock = threading.Lock()
 
     def take(self, parcel: Parcel, answer) -> None:
@@ -48,7 +50,8 @@ class FakeStage:
                 self.epoch, self.number, self.checksum, self.early = message.epoch, 0, first_checksum(message.epoch), {}
                 if self.stage == self.stages.num_stages - 1:
                     self.stages.toy.join(message.epoch)
-                answer(Joined(message.epoch))
+                self.map_ready, self.num_counted = self.map_version, 0  # what was not stamped is gone
+                answer(Joined(message.epoch, self.map_version))
             else:
                 step = peek_step(bytes(message))
                 if step.epoch != self.epoch:
@@ -61,6 +64,7 @@ class FakeStage:
     def run(self, packed, step, rows, answer) -> None:
         self.checksum = verify_step(packed, self.checksum)
         self.number += 1
+        self.use_maps(step)
         if self.stages.link == "tensor":
             assert (rows is None) == (self.stage == 0), "rows go from stage to stage"
             assert rows is None or rows.tolist() == [step.number % 251, self.stage]
@@ -74,9 +78,25 @@ class FakeStage:
             return
         if self.stage == self.stages.num_stages - 1:
             outcome = self.stages.toy.run(step)
-            answer(msgspec.structs.replace(outcome, stage=self.stage, clock=clock, drafts=self.stages.redraft(outcome.drafts)))
+            drafts = self.stages.redraft(outcome.drafts)
+            answer(msgspec.structs.replace(outcome, stage=self.stage, clock=clock, drafts=drafts, map_ready=self.map_ready))
         else:
-            answer(Outcome(step.epoch, step.number, self.stage, clock=clock), np.array([step.number % 251, self.stage + 1], np.uint8))
+            outcome = Outcome(step.epoch, step.number, self.stage, clock=clock, map_ready=self.map_ready)
+            answer(outcome, np.array([step.number % 251, self.stage + 1], np.uint8))
+
+
+    def use_maps(self, step) -> None:
+        """Commit what the step says, and now and then have the next maps ready."""
+        stamped = step.maps[self.stage] if step.maps else 0
+        assert stamped in (self.map_version, self.map_ready), "maps that go back, or that nobody has"
+        self.stages.num_commits += stamped > self.map_version
+        self.map_version = stamped
+        if self.map_ready == self.map_version and self.stages.rng.random() < self.stages.rebalances:
+            self.map_ready += 1 + self.stage  # versions are each stage's own
+        self.num_counted += 1
+        if step.counts_loads:
+            self.stages.reports[self.num_counted] += 1
+            self.num_counted = 0
 
 
 class FakeStages:
@@ -92,9 +112,13 @@ class FakeStages:
         num_drafts=0,
         delay_s=0.002,
         fault=lambda stage, step: None,
+        rebalances=0.0,
     ):
         self.num_stages, self.link, self.num_pages, self.delay_s, self.fault = num_stages, link, num_pages, delay_s, fault
         self.toy = Toy(num_pages, 0, num_snapshots, num_drafts)
+        self.rebalances = rebalances  # how likely a stage has other expert maps ready after a step
+        self.num_commits = 0
+        self.reports: Counter[int] = Counter()  # by the number of steps that a report of loads sums up
         self.redraft = lambda drafts: drafts
         self.stages = [FakeStage(stage, self) for stage in range(num_stages)]
         self.gone: set[int] = set()

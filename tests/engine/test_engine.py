@@ -148,6 +148,41 @@ def test_faults_with_states_and_drafts_are_repaired(start):
     assert engine.stats.faults == 3
 
 
+@pytest.mark.parametrize("link", ["collective", "tensor"])
+def test_expert_maps_are_stamped_when_they_are_ready(start, link):
+    """Stages refuse a version that they have not prepared, or an older one; answers overtake each other."""
+    stages = FakeStages(2, link=link, rebalances=0.3)
+    engine, answers = start(stages, eplb={"count_every": 4})
+    rng = random.Random(4)
+    for i in range(12):
+        answers.submit(make_request(rng, f"r{i}"))
+    answers.check()
+    assert engine.stats.faults == 0
+    assert stages.num_commits > 4 and stages.stages[0].map_version > 2
+    assert set(stages.reports) == {4}
+
+
+def test_an_epoch_begins_with_the_maps_that_stages_have(start):
+    """Those that were ready and not stamped are gone, and a stage that was loaded again has those of the checkpoint."""
+    rng = random.Random(5)
+    stages = FakeStages(2, rebalances=0.3, fault=lambda stage, step: "fell over" if rng.random() < 0.01 else None)
+    engine, answers = start(stages, start_timeout_s=60, eplb={})
+    for i in range(20):
+        answers.submit(make_request(rng, f"r{i}"))
+    wait_until(lambda: stages.num_commits > 4)
+    stages.gone.add(1)
+    answers.check(60)
+    assert stages.healed[1] and engine.stats.faults > 2
+
+
+def test_stages_that_do_not_count_are_not_asked_to(start):
+    stages = FakeStages(1)
+    _, answers = start(stages)
+    answers.submit(simple("a", max_tokens=30))
+    answers.check()
+    assert not stages.reports and not stages.num_commits
+
+
 def test_an_answer_without_its_drafts_is_a_fault(start):
     stages = FakeStages(1, num_drafts=3)
     cut = iter([b""])

@@ -73,6 +73,7 @@ class Connection(NamedTuple):
     epoch: int
     num_pages: int
     num_snapshots: int | None  # None where no stage keeps states
+    maps: list[int]  # version of the expert maps with which each stage begins
 
 
 class GivenUp(NamedTuple):
@@ -219,12 +220,14 @@ class Chain:
             if not isinstance(founded, Founded):
                 raise StageFault(f"stage_0 hosts no rendezvous: {_said(founded)}")
             store = founded.store
-        for stage, joined in enumerate(self._ask(Join(epoch, store), range(self._stages.num_stages), timeout_s)):
+        answers = self._ask(Join(epoch, store), range(self._stages.num_stages), timeout_s)
+        for stage, joined in enumerate(answers):
             if joined is not None and not isinstance(joined, Joined):
                 raise StageFault(f"stage_{stage} did not join epoch {epoch}: {_said(joined)}")
         self._epoch = epoch
         snapshots = [state.num_snapshots for state in states if state.num_snapshots is not None]
-        return Connection(epoch, min(state.num_pages for state in states), min(snapshots, default=None))
+        maps = [joined.map_version for joined in answers if isinstance(joined, Joined)]
+        return Connection(epoch, min(state.num_pages for state in states), min(snapshots, default=None), maps)
 
     def _heal(self, stage: int, error: Exception) -> None:
         """A stage never seen may still be loading; it has start_timeout_s for that."""

@@ -245,6 +245,7 @@ class Engine:
             self.stats.stage_returned(stage, clock, max(0.0, answered - began - clock.busy - clock.receiving), was_idle=was_idle)
         if self._trace is not None:
             self._trace.write(returned.outcomes, step.num_rows, step.num_samples, self._heard_at)
+        scheduler.maps_ready(outcome.map_ready for outcome in returned.outcomes)
         self._news += scheduler.learn(returned.outcomes[-1])
 
     def _expire(self) -> None:
@@ -327,7 +328,7 @@ class Engine:
         threading.Thread(target=self._chain.connect, name="trireme connect", daemon=True).start()
 
     def _connected(self, connection: Connection) -> None:
-        epoch, num_pages, num_snapshots = connection
+        epoch, num_pages, num_snapshots, maps = connection
         if self._scheduler is None:
             try:
                 limits = Limits.of(
@@ -340,9 +341,9 @@ class Engine:
             except Refusal as refusal:  # stays: it takes other settings
                 self._refusal = refusal
                 return
-            self._scheduler = Scheduler(limits, time.monotonic, self.stats, epoch)
+            self._scheduler = Scheduler(limits, time.monotonic, self.stats, epoch, maps)
         else:
-            self._news += self._scheduler.restart(epoch, num_pages, self._fault, num_snapshots)
+            self._news += self._scheduler.restart(epoch, num_pages, self._fault, num_snapshots, maps)
         self._idle_sent.clear()
         self.stats.epochs += 1
         said = "" if num_snapshots is None else f", {num_snapshots} snapshots"

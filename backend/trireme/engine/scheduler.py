@@ -41,9 +41,18 @@ _MOST_STRIKES = 3  # epochs in a row that may break on a sequence which gets no 
 class Scheduler:
     """Not thread-safe: the engine's thread drives it. `clock` gives seconds, as in Request.deadline."""
 
-    def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic, stats: Stats | None = None, epoch: int = 0):
+    def __init__(
+        self,
+        limits: Limits,
+        clock: Callable[[], float] = time.monotonic,
+        stats: Stats | None = None,
+        epoch: int = 0,
+        maps: list[int] | None = None,
+    ):
+        """`maps`: version of the expert maps with which each stage begins; None: 0."""
         self.limits = limits
         self.epoch = epoch
+        self._maps = maps or [0] * limits.num_stages  # what a step is stamped with: ready in every rank of the stage
         self.stats = stats or Stats(limits.num_stages)
         self._clock = clock
         self._groups: dict[str, Group] = {}
@@ -156,7 +165,12 @@ class Scheduler:
         return [news for group in list(self._groups.values()) for news in self._end(group.sequences, "error", error)]
 
     def restart(
-        self, epoch: int, num_pages: int | None = None, error: Exception | None = None, num_snapshots: int | None = None
+        self,
+        epoch: int,
+        num_pages: int | None = None,
+        error: Exception | None = None,
+        num_snapshots: int | None = None,
+        maps: list[int] | None = None,
     ) -> list[Emission]:
         """A new epoch: forget steps, pages, snapshots and slots, and queue what ran, by rank, with its tokens so far.
 
@@ -167,6 +181,7 @@ class Scheduler:
         suspects = self._flights[0].sequences if self._flights and error is not None else []
         running = list(self._running.values())
         self.epoch = epoch
+        self._maps = maps or [0] * self.limits.num_stages
         if num_pages is not None:
             self.limits = msgspec.structs.replace(self.limits, num_pages=num_pages)
         if num_snapshots is not None:
@@ -208,7 +223,7 @@ class Scheduler:
         self._prompt_rows_in_flight += sheet.flight.prompt_rows
         self._prefilled = sheet.flight.prompt_rows > 0
         self._next_number += 1
-        step = sheet.step(self.epoch, self.limits, self._snapshots)
+        step = sheet.step(self.epoch, self.limits, self._snapshots, self._maps)
         self.stats.step_planned(step, falls_back=not mixes and self._prefilled and not step.cp)
         return step
 
@@ -453,6 +468,11 @@ class Scheduler:
         sheet.returns = bool(fed.any())
 
     # ---- learning
+
+    def maps_ready(self, versions: Iterable[int]) -> None:
+        """Of the live epoch's stages, in the answers to one step, each says which version of its expert maps it is ready to use; steps
+        planned from now on say that it shall. An answer that was overtaken changes nothing: a stamp is never taken back."""
+        self._maps = [max(stamped, ready) for stamped, ready in zip(self._maps, versions, strict=True)]
 
     def learn(self, outcome: Outcome) -> list[Emission]:
         """The last stage's answer to a step that has returned from every stage. Answers of one epoch may come in any

@@ -45,8 +45,9 @@ class Sheet:
     def num_rows(self) -> int:
         return sum(self.counts)
 
-    def step(self, epoch: int, limits: Limits, snapshots: Snapshots) -> Step:
-        """The whole. Snapshots are taken only now: one that is saved by this step is there for the next."""
+    def step(self, epoch: int, limits: Limits, snapshots: Snapshots, maps: list[int]) -> Step:
+        """The whole. Snapshots are taken only now: one that is saved by this step is there for the next. `maps`: version of each
+        stage's expert maps."""
         flight = self.flight
         regime = Regime.of(self.counts, limits.sp_from, limits.cp if flight.prompt_rows else 1)
         keeps_states = limits.num_snapshots is not None
@@ -72,4 +73,6 @@ class Sheet:
             saves=ints([(slot, row) for row, slot in saves.items()]),
             nexts=ints(self.nexts) if limits.num_drafts else b"",
             drafts=flight.drafts,
+            counts_loads=limits.count_every is not None and (flight.number + 1) % limits.count_every == 0,
+            maps=maps if any(maps) else [],
         )
