@@ -39,7 +39,7 @@ class Eplb(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid
     interval: int = 1000  # steps between two looks at the balance
     count_every: int = 10  # steps after which ranks report what they counted
     layers_per_step: int = 4  # that are prepared together, and change at one step
-    min_gain: float = 0.05  # the least part of the busiest rank's time that new maps must save
+    min_gain: float = 0.05  # the least part of the busiest rank's time that new maps must save; 0: they move at every look, as a drill
     policy: Literal["auto", "hierarchical", "global", "skew", "minimal"] = "auto"
     dispatch: Literal["auto", "static", "dynamic", "fake"] = "auto"  # among copies; fake: a router that is even, for benchmarks
     initial_map: str = "trivial"  # or a file of maps or loads that `eplb` saved
@@ -262,7 +262,7 @@ def _check_sequence_parallel(value: object) -> None:
 
 
 def _check_eplb(eplb: Eplb) -> None:
-    for name, least in {"num_redundant_experts": 0, "interval": 1, "count_every": 1, "layers_per_step": 1, "min_gain": 0}.items():
+    for name, least in {"num_redundant_experts": 0, "interval": 1, "count_every": 1, "layers_per_step": 1}.items():
         if (value := getattr(eplb, name)) < least:
             raise Refusal(f"eplb.{name}={value} is too small", why=f"it must be at least {least}", fix=f"set eplb.{name}={least} or more")
 
