@@ -39,7 +39,7 @@ class Eplb(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid
     interval: int = 1000  # steps between two looks at the balance
     count_every: int = 10  # steps after which ranks report what they counted
     layers_per_step: int = 4  # that are prepared together, and change at one step
-    min_gain: float = 0.05  # the least part of the busiest rank's time that new maps must save; 0: they move at every look, as a drill
+    min_gain: float = 0.05  # the least part of the busiest rank's time that new maps must save; 0 or less: a drill, they move at every look
     policy: Literal["auto", "hierarchical", "global", "skew", "minimal"] = "auto"
     dispatch: Literal["auto", "static", "dynamic", "fake"] = "auto"  # among copies; fake: a router that is even, for benchmarks
     initial_map: str = "trivial"  # or a file of maps or loads that `eplb` saved

@@ -264,13 +264,13 @@ class _Stage:
         return found
 
     def _judge(self, layer: int, windows: np.ndarray, intervals: float) -> np.ndarray | None:
-        """A map that saves enough of a layer's time, or None. The loads [W, experts] are to be taken `intervals` times for one interval. With a
-        min_gain of 0 every layer moves at every look, if only two slots for each other: a drill, as tests want it."""
+        """A map that saves enough of a layer's time, or None, by loads [W, experts] that make 1 / `intervals` intervals. Where
+        min_gain is 0 or less every layer moves at every look, if only two slots for each other: a drill, as tests want it."""
         slots, old = self.experts.slots, self._maps[layer]
         if not self._known[layer]:
             return place(self._eplb.policy, windows, slots)
         new = place(self._eplb.policy, windows, slots, old)
-        if self._eplb.min_gain == 0:
+        if self._eplb.min_gain <= 0:
             return new if (new != old).any() else exchange(old, slots)
         before, after = peak(old, windows, slots), peak(new, windows, slots)
         if before <= 0 or 1 - after / before <= self._eplb.min_gain:
