@@ -7,7 +7,7 @@ import sys
 import typer
 
 from trireme.core.refusal import Refusal
-from trireme_tools import bench, chat, demo, evaluate, fetch_demo, generate, plan, repo, serve, trace, train
+from trireme_tools import bench, chat, demo, eplb, evaluate, fetch_demo, generate, plan, repo, serve, trace, train
 
 
 def build() -> typer.Typer:
@@ -22,6 +22,7 @@ def build() -> typer.Typer:
     app.command("eval")(evaluate.evaluate)
     for verb in (demo.demo, serve.serve, chat.chat, generate.generate, bench.bench, trace.trace, plan.plan, repo.repo, train.train):
         app.command()(verb)
+    app.add_typer(eplb.build(), name="eplb")
     app.callback()(_anchor)
     return app
 

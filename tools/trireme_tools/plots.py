@@ -1,13 +1,14 @@
-"""Pictures: a load as the client saw it, and a pipeline's steps as bars. Reads nothing, measures nothing."""
+"""Pictures: a load as the client saw it, a pipeline's steps as bars, and the loads of ranks. Reads nothing, measures nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from trireme_tools.load import Record
@@ -70,4 +71,22 @@ def plot_pipeline(bars: Sequence[Bar], path: Path, title: str) -> None:
         yticklabels=[f"stage {stage}" for stage in stages],
     )
     axes.invert_yaxis()
+    figure.savefig(path, dpi=120)
+
+
+def plot_heat(panels: Mapping[str, np.ndarray], names: Sequence[str], path: Path) -> None:
+    """Loads [layers, ranks] by title, side by side: each rank's as a multiple of its layer's mean, all in one scale."""
+    shown = {title: loads / np.maximum(loads.mean(axis=1, keepdims=True), 1e-9) for title, loads in panels.items()}
+    most = max(1.01, *(float(loads.max()) for loads in shown.values()))
+    figure = Figure(figsize=(2.5 + 3.5 * len(shown), 1.8 + 0.24 * len(names)), layout="constrained")
+    every = figure.subplots(1, len(shown), squeeze=False)[0]
+    colours = LinearSegmentedColormap.from_list("load", ["white", _PALE, _ACCENT, _INK])
+    for axes, (title, loads) in zip(every, shown.items(), strict=True):
+        image = axes.imshow(loads, cmap=colours, vmin=0, vmax=most, aspect="auto")
+        axes.set(title=title, xlabel="rank", xticks=range(loads.shape[1]), yticks=range(len(names)), yticklabels=names)
+        for layer, rank in np.ndindex(loads.shape):
+            dark = loads[layer, rank] > 0.6 * most
+            axes.text(rank, layer, f"{loads[layer, rank]:.2f}", ha="center", va="center", fontsize=7, color="white" if dark else _INK)
+    every[0].set_ylabel("layer")
+    figure.colorbar(image, ax=every, label="load / mean of the layer's ranks")
     figure.savefig(path, dpi=120)
