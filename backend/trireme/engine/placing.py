@@ -17,7 +17,7 @@ from trireme.core.refusal import Refusal
 Policy = Literal["auto", "hierarchical", "global", "skew", "minimal"]
 
 _TINY = 1e-5  # load of a rank that has none, so that a layer without rows counts as balanced
-_NEAR = 0.97  # `minimal` stops at this part of the balance that `global` reaches
+_NEAR = 0.95  # `minimal` stops at this part of the balance that `global` reaches: the rest would not be worth a move by itself
 # The search from one map: changes at most, ranks that the busiest one trades with, part of the peak that a change must save for each
 # expert received. More saves a few parts in a thousand of these windows, and nothing of the next ones.
 _MOST_CHANGES, _LIGHTEST, _LEAST = 64, 3, 1e-4
