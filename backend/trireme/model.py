@@ -1,4 +1,4 @@
-"""The entry of the server: TritonPythonModel reads a model's role (front or stage) and hands over. No decisions here.
+"""The entry of the server: TritonPythonModel reads a model's role (front, stage or eplb) and hands over. No decisions here.
 
 The server imports this file by path, and its stub ignores PYTHONPATH: import roots come from where the file really lies.
 """
@@ -41,10 +41,13 @@ class TritonPythonModel:
 
         config = json.loads(args["model_config"])
         try:
-            if _role(config) == "front":
-                from trireme.serve.front import Front as Role
-            else:
-                from trireme.serve.stage import Stage as Role
+            match _role(config):
+                case "front":
+                    from trireme.serve.front import Front as Role
+                case "stage":
+                    from trireme.serve.stage import Stage as Role
+                case _:
+                    from trireme.serve.eplb import Eplb as Role
             self._model = Role(args, config)
         except Refusal as refusal:
             raise pb_utils.TritonModelException(str(refusal)) from None
@@ -59,8 +62,8 @@ class TritonPythonModel:
 
 def _role(config: dict[str, Any]) -> str:
     role = config.get("parameters", {}).get("role", {}).get("string_value")
-    if role not in ("front", "stage"):
+    if role not in ("front", "stage", "eplb"):
         raise pb_utils.TritonModelException(
-            f"model {config['name']}: parameter `role` is {role!r}; set it to front or stage (`trireme repo`)"
+            f"model {config['name']}: parameter `role` is {role!r}; set it to front, stage or eplb (`trireme repo`)"
         )
     return role

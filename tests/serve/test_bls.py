@@ -9,7 +9,7 @@ import time
 import pytest
 
 from trireme.core.control import Parcel
-from trireme.serve.bls import BlsStages
+from trireme.serve.bls import BlsCalls, BlsStages
 
 DEAD = RuntimeError(
     "Failed to process the request(s) for model instance 'stage_0_0_0', message: Stub process 'stage_0_0_0' is not healthy."
@@ -43,7 +43,7 @@ def server():
 
 @pytest.fixture
 def stages(server):
-    stages = BlsStages(2, server.call, server.reload, num_threads=2, thread_pool=32)
+    stages = BlsStages(2, ["stage_0", "stage_1"], server.call, server.reload, num_threads=2, thread_pool=32)
     stages.start()
     yield stages
     for event in server.hung.values():
@@ -108,7 +108,7 @@ def test_a_slow_stage_is_left_alone(server, stages):
 
 
 def test_a_server_that_cannot_load(server):
-    stages = BlsStages(1, server.call, None, num_threads=1, thread_pool=32)
+    stages = BlsStages(1, ["stage_0"], server.call, None, num_threads=1, thread_pool=32)
     stages.start()
     stages.heal(0, RuntimeError("Request for unknown model: 'stage_0' is not found"))
     stages.stop()
@@ -133,4 +133,25 @@ def test_after_a_stop_nothing_is_called(server, stages):
 
 def test_a_stop_before_the_start():
     """A model may be unloaded before its first call."""
-    BlsStages(1, Server().call, None, num_threads=1, thread_pool=32).stop()
+    BlsStages(1, ["stage_0"], Server().call, None, num_threads=1, thread_pool=32).stop()
+
+
+def test_calls_to_a_model_that_another_heals(server):
+    """As a stage's to `eplb`: an answer, an error, or the end of the time; never longer."""
+    calls = BlsCalls(["eplb"], server.call, num_threads=1)
+    calls.start()
+    assert calls.ask(0, Parcel(b"x"), 5.0).packed == b"eplbx"
+    server.dead.add("eplb")
+    with pytest.raises(RuntimeError, match="not healthy"):
+        calls.ask(0, Parcel(b"x"), 5.0)
+    server.dead.clear()
+    held = server.hung["eplb"] = threading.Event()
+    with pytest.raises(TimeoutError, match="eplb did not answer in time"):
+        calls.ask(0, Parcel(b"x"), 0.1)
+    del server.hung["eplb"]
+    assert calls.ask(0, Parcel(b"y"), 5.0).packed == b"eplby" and calls.num_abandoned == 1
+    assert not server.loaded
+    held.set()
+    calls.stop()
+    with pytest.raises(ConnectionError, match="stopping"):
+        calls.ask(0, Parcel(b"z"), 5.0)

@@ -47,6 +47,14 @@ def test_too_small_thread_pool():
     check_server(settings(pipeline_parallel_size=5), ServerFlags(load_threads=8, thread_pool=38))
 
 
+def test_eplb_is_a_model_and_takes_a_call_of_each_stage():
+    balanced = settings(pipeline_parallel_size=5, eplb={})
+    with pytest.raises(Refusal, match="--model-load-thread-count=7"):
+        check_server(balanced, ServerFlags(load_threads=6, thread_pool=64))
+    with pytest.raises(Refusal, match="thread-pool-size=43"):
+        check_server(balanced, ServerFlags(load_threads=7, thread_pool=42))
+
+
 def test_too_little_shared_memory(monkeypatch):
     monkeypatch.setattr(checks.os, "statvfs", lambda path: SimpleNamespace(f_bavail=1000, f_frsize=4096))
     with pytest.raises(Refusal, match="shm-size"):

@@ -6,7 +6,24 @@ from types import SimpleNamespace
 
 from trireme.core.control import RankState, StageState
 from trireme.engine.stats import Stats
-from trireme.serve.metrics import FAMILIES, Reporter, samples, stage_samples
+from trireme.serve.metrics import FAMILIES, Reporter, eplb_samples, samples, service_samples, stage_samples
+
+SEEN = {  # of one stage, whose layer 3 the service knows
+    "stages": [
+        {
+            "stage": 1,
+            "version": 4,
+            "age_s": 12.3,
+            "moved_bytes": 4096,
+            "stalled_s": 0.5,
+            "num_faults": 0,
+            "layers": [
+                {"layer": "3", "rank_loads": [30.0, 10.0], "balance": {"10": 1.0, "100": 2 / 3, "1000": 1.0}},
+                {"layer": "mtp", "rank_loads": None, "balance": {"10": None, "100": None, "1000": None}},
+            ],
+        }
+    ]
+}
 
 
 class Family:
@@ -48,7 +65,7 @@ def test_report():
         for stage, state in enumerate(states):
             yield from stage_samples(stage, state, num_ranks=2)
 
-    reporter = Reporter(Family, read, stats, {"model": "llm", "version": "1"})
+    reporter = Reporter(Family, read, {"model": "llm", "version": "1"}, stats)
     stats.running, stats.generation_tokens = 3, 10
     stats.finished["stop"] += 2
     stats.verified(num_drafts=3, num_accepted=2)
@@ -86,8 +103,21 @@ def test_every_sample_has_a_family():
     stats.finished["stop"] += 1
     found = {sample.name for sample in samples(stats, SimpleNamespace(num_abandoned=0, num_reloads=0))}
     found |= {sample.name for sample in stage_samples(0, StageState(0, "ready", ranks=[RankState(0, "ready")]), 1)}
+    found |= {sample.name for sample in service_samples(True)} | {sample.name for sample in eplb_samples(SEEN)}
     plain = {name for name in FAMILIES if not name.endswith(("_bucket", "_sum", "_count"))}
     assert found == plain
+
+
+def test_of_the_service():
+    Family.series = {}
+    reporter = Reporter(Family, lambda: eplb_samples(SEEN), {"model": "llm"})
+    reporter.report()
+    at = {"layer": "3", "model": "llm", "stage": "1"}
+    assert Family.series["trireme_eplb_balancedness", *sorted(at.items())] == 2 / 3
+    loads = {dict(key[1:])["rank"]: value for key, value in Family.series.items() if key[0] == "trireme_eplb_expert_load"}
+    assert loads == {"0": 30.0, "1": 10.0}
+    assert Family.series["trireme_eplb_moved_bytes_total", ("model", "llm"), ("stage", "1")] == 4096
+    assert not any(("layer", "mtp") in key for key in Family.series)
 
 
 def test_a_server_without_metrics_stops_the_reporter():
@@ -96,7 +126,7 @@ def test_a_server_without_metrics_stops_the_reporter():
 
     refuse.GAUGE = refuse.COUNTER = 0
     stats = Stats()
-    reporter = Reporter(refuse, lambda: samples(stats, SimpleNamespace(num_abandoned=0, num_reloads=0)), stats, {})
+    reporter = Reporter(refuse, lambda: samples(stats, SimpleNamespace(num_abandoned=0, num_reloads=0)), {}, stats)
     reporter.start()
     reporter._thread.join(5)
     assert not reporter._thread.is_alive()

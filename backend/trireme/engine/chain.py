@@ -38,11 +38,11 @@ class Stages(Protocol):
 
     num_stages: int
 
-    def post(self, stage: int, parcel: Parcel, timeout_s: float, done: Callable[[Parcel | Exception], None]) -> None:
+    def post(self, stage: int, parcel: Parcel, timeout_s: float, done: Callable[[Parcel | Exception], None], /) -> None:
         """Thread-safe; returns at once. `done` is called exactly once, from any thread; TimeoutError after timeout_s."""
         ...
 
-    def heal(self, stage: int, error: Exception) -> None:
+    def heal(self, stage: int, error: Exception, /) -> None:
         """A stage did not answer at all: bring it back if this host can. Returns at once."""
         ...
 

@@ -58,13 +58,14 @@ def server_flags() -> ServerFlags:
 
 
 def open_calls(settings: Settings) -> int:
-    """Threads of the server that a healthy front can hold at once: a step in flight holds one at every stage; the rest send answers."""
-    return settings.inflight * settings.num_stages + 8
+    """Threads of the server that healthy models can hold at once: a step in flight holds one at every stage, each stage one for what
+    it pushes to `eplb`; the rest send answers."""
+    return (settings.inflight + (settings.eplb is not None)) * settings.num_stages + 8
 
 
 def check_server(settings: Settings, flags: ServerFlags) -> None:
     """Refusal where the server was started with too little for these settings."""
-    models = 1 + settings.num_stages
+    models = 1 + settings.num_stages + (settings.eplb is not None)
     if flags.load_threads < models:
         raise Refusal(
             f"the server loads {flags.load_threads} models at once, and this pipeline has {models}",

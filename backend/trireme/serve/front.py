@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils  # pyright: ignore[reportMissingImports]  # only inside the server
 
-from trireme.core.control import Parcel, StageState, Status, open_answer, pack_ask
+from trireme.core.control import Parcel, StageState, Status, open_answer, pack_ask, pack_push
 from trireme.core.log import logger
 from trireme.core.refusal import Refusal
 from trireme.core.request import Emission, Request
@@ -34,8 +34,10 @@ from trireme.models.spec import read_spec
 from trireme.serve.answer import Answer
 from trireme.serve.bls import BlsStages
 from trireme.serve.checks import check_checkpoint, check_devices, check_instance, check_server, server_flags
-from trireme.serve.metrics import Reporter, Sample, samples, stage_samples
+from trireme.serve.exchange import ask
+from trireme.serve.metrics import Reporter, Sample, samples, service_samples, stage_samples
 from trireme.serve.place import model_json
+from trireme.serve.repository import EPLB, stage_name
 from trireme.serve.signature import OUTPUTS, Order, read_order
 from trireme.serve.text import Text
 
@@ -81,19 +83,21 @@ class Front:
         self._numbers = itertools.count()
         self._stop = threading.Event()
         self._states: list[StageState | None] = [None] * settings.num_stages  # for metrics
+        self._balances = False  # whether `eplb` answered when it was asked last
 
-        rows = settings.link == "tensor"
+        others = [] if settings.eplb is None else [EPLB]
         self._stages = BlsStages(
             settings.num_stages,
-            lambda name, parcel: _call(name, parcel, rows),
+            [*map(stage_name, range(settings.num_stages)), *others],
+            functools.partial(ask, rows=settings.link == "tensor"),
             _reload if flags.explicit else None,
             thread_pool=flags.thread_pool,
-            num_threads=(settings.inflight + 2) * settings.num_stages,  # steps, and two questions to each stage
+            num_threads=(settings.inflight + 2) * settings.num_stages + len(others),  # steps, and two questions to each stage
         )
         num_drafts = settings.mtp.num_drafts(spec.num_mtp_layers)
         self._engine = Engine(settings, max_model_len=self._max_model_len, stages=self._stages, num_drafts=num_drafts)
         labels = {"model": settings.served_model_name or args["model_name"], "version": args["model_version"]}
-        self._reporter = Reporter(pb_utils.MetricFamily, self._samples, self._engine.stats, labels) if flags.metrics else None
+        self._reporter = Reporter(pb_utils.MetricFamily, self._samples, labels, self._engine.stats) if flags.metrics else None
         self._starter = threading.Thread(target=self._start, name="start", daemon=True)
         self._answerer = threading.Thread(target=self._answer_all, name="answer", daemon=True)
         self._canceller = threading.Thread(target=self._look_for_cancelled, name="cancel", daemon=True)
@@ -126,15 +130,22 @@ class Front:
             self._reporter.start()
 
     def _samples(self) -> Iterator[Sample]:
-        """For metrics. The engine asks stages only when something is wrong; here each is asked anew, so a death shows when idle, too."""
+        """For metrics. The engine asks stages only when something is wrong; here each is asked anew, so a death shows when idle, too,
+        and `eplb`, which nobody else of those asks who can load it again."""
         for stage, state in enumerate(self._states):
             yield from stage_samples(stage, state, self._settings.ranks_per_stage)
             self._stages.post(stage, Parcel(pack_ask(Status())), _STATUS_S, functools.partial(self._hear, stage))
+        if self._settings.eplb is not None:
+            yield from service_samples(self._balances)
+            self._stages.post(self._settings.num_stages, Parcel(pack_push(Status())), _STATUS_S, self._hear_eplb)
         yield from samples(self._engine.stats, self._stages)
 
     def _hear(self, stage: int, result: Parcel | Exception) -> None:
         answer = None if isinstance(result, Exception) else open_answer(result.packed)
         self._states[stage] = answer if isinstance(answer, StageState) else None
+
+    def _hear_eplb(self, result: Parcel | Exception) -> None:
+        self._balances = not isinstance(result, Exception)
 
     # ---- admission: the server's thread
 
@@ -283,19 +294,6 @@ def _send_error(sender: Any, error: Exception) -> None:
         "deadline": pb_utils.TritonError.UNAVAILABLE,  # the server has no code for it
     }.get(getattr(error, "kind", "internal"), pb_utils.TritonError.INTERNAL)
     sender.send(pb_utils.InferenceResponse([], pb_utils.TritonError(str(error), code)), flags=_FINAL)
-
-
-def _call(model: str, parcel: Parcel, rows: bool) -> Parcel:
-    """One BLS call. `rows`: they travel in it."""
-    inputs = [pb_utils.Tensor("MESSAGE", np.frombuffer(parcel.packed, dtype=np.uint8))]
-    if parcel.rows is not None:
-        inputs.append(pb_utils.Tensor("ROWS", parcel.rows))
-    names = ["MESSAGE", "ROWS"] if rows else ["MESSAGE"]
-    response = pb_utils.InferenceRequest(model_name=model, requested_output_names=names, inputs=inputs).exec()
-    if response.has_error():
-        raise RuntimeError(response.error().message())
-    outputs = {tensor.name(): tensor.as_numpy() for tensor in response.output_tensors()}
-    return Parcel(outputs["MESSAGE"].tobytes(), outputs["ROWS"].copy() if "ROWS" in outputs else None)
 
 
 def _reload(model: str) -> None:

@@ -62,6 +62,14 @@ FAMILIES = {  # name without the prefix -> (kind, what it is)
     "stage_reordered_steps": ("GAUGE", "Steps that came early and were held, since the stage began"),
     "stage_rank_restarts": ("GAUGE", "Ranks started again, since the stage began"),
     "rank_state": ("GAUGE", "1 at the state a rank is in"),
+    "eplb_ready": ("GAUGE", "1 where the model eplb answers"),
+    "eplb_balancedness": ("GAUGE", "Mean load of a layer's ranks / load of its busiest, over the last 100 reports"),
+    "eplb_expert_load": ("GAUGE", "Rows that the experts of a rank were given in a layer, over the last 1000 reports"),
+    "eplb_map_version": ("GAUGE", "Version of the expert maps of a stage: rises with each change"),
+    "eplb_last_rebalance_age_seconds": ("GAUGE", "Seconds since the maps of a stage changed, or since the service began"),
+    "eplb_moved_bytes_total": ("COUNTER", "Bytes of experts that went from rank to rank"),
+    "eplb_stalled_seconds_total": ("COUNTER", "Seconds that steps waited for changes of maps"),
+    "eplb_faults_total": ("COUNTER", "Changes of maps that a stage dropped"),
     "bls_abandoned_threads": ("GAUGE", "Calls to dead models that never return"),
     "bls_reloads_total": ("COUNTER", "Stages loaded again after their stub died"),
 }
@@ -124,6 +132,28 @@ def stage_samples(stage: int, state: StageState | None, num_ranks: int) -> Itera
             yield Sample("rank_state", float(rank.state == name), (*label, ("rank", str(rank.rank)), ("state", name)))
 
 
+def service_samples(answers: bool) -> Iterator[Sample]:
+    """Of the model `eplb`, as the front sees it."""
+    yield Sample("eplb_ready", float(answers))
+
+
+def eplb_samples(seen: dict[str, Any]) -> Iterator[Sample]:
+    """Of all there is to see of a balancer. A layer whose map it does not know has no balance."""
+    for stage in seen["stages"]:
+        label = (("stage", str(stage["stage"])),)
+        yield Sample("eplb_map_version", stage["version"], label)
+        yield Sample("eplb_last_rebalance_age_seconds", round(stage["age_s"]), label)
+        yield Sample("eplb_moved_bytes_total", stage["moved_bytes"], label)
+        yield Sample("eplb_stalled_seconds_total", stage["stalled_s"], label)
+        yield Sample("eplb_faults_total", stage["num_faults"], label)
+        for layer in stage["layers"]:
+            place = (*label, ("layer", layer["layer"]))
+            if layer["rank_loads"] is not None:
+                yield Sample("eplb_balancedness", layer["balance"]["100"], place)
+                for rank, load in enumerate(layer["rank_loads"]):
+                    yield Sample("eplb_expert_load", load, (*place, ("rank", str(rank))))
+
+
 class Histogram:
     """Counts of seconds in buckets, as the series of a Prometheus histogram."""
 
@@ -144,14 +174,15 @@ class Histogram:
 
 
 class Reporter:
-    """Sends what changed to the server. `make_family` is pb_utils.MetricFamily; `read` gives gauges and plain counters."""
+    """Sends what changed to the server. `make_family` is pb_utils.MetricFamily; `read` gives gauges and plain counters; `stats` has
+    what goes into histograms."""
 
-    def __init__(self, make_family: Any, read: Callable[[], Iterable[Sample]], stats: Stats, labels: dict[str, str]):
+    def __init__(self, make_family: Any, read: Callable[[], Iterable[Sample]], labels: dict[str, str], stats: Stats | None = None):
         self._make_family, self._read, self._stats, self._labels = make_family, read, stats, labels
         self._families: dict[str, Any] = {}  # kept: a metric without its family raises
         self._metrics: dict[tuple[str, tuple], Any] = {}
         self._last: dict[tuple[str, tuple], float] = {}
-        self._histograms = {name: Histogram(family) for name, (family, _) in HISTOGRAMS.items()}
+        self._histograms = {name: Histogram(family) for name, (family, _) in HISTOGRAMS.items()} if stats is not None else {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
 
@@ -175,8 +206,9 @@ class Reporter:
                 return
 
     def report(self) -> None:
-        for name, seconds in self._stats.drain().items():
-            self._histograms[name].add(seconds)
+        if self._stats is not None:
+            for name, seconds in self._stats.drain().items():
+                self._histograms[name].add(seconds)
         for sample in self._read():
             self._send(sample)
         for histogram in self._histograms.values():

@@ -1,0 +1,45 @@
+"""Exchange: parcels between models inside the server. A message and rows are the tensors of a request, and of its response."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils  # pyright: ignore[reportMissingImports]  # only inside the server
+
+from trireme.core.control import Parcel
+
+
+def ask(model: str, parcel: Parcel, *, rows: bool = False) -> Parcel:
+    """One BLS call, which waits. `rows`: they travel in it."""
+    names = ["MESSAGE", "ROWS"] if rows else ["MESSAGE"]
+    response = pb_utils.InferenceRequest(model_name=model, requested_output_names=names, inputs=_tensors(parcel)).exec()
+    if response.has_error():
+        raise RuntimeError(response.error().message())
+    outputs = {tensor.name(): tensor.as_numpy() for tensor in response.output_tensors()}
+    return Parcel(outputs["MESSAGE"].tobytes(), outputs["ROWS"].copy() if "ROWS" in outputs else None)
+
+
+def asked(request: Any) -> Parcel | None:
+    """What a request to a model of ours carries; its rows lie in the request's own memory. None where it has no message."""
+    message = pb_utils.get_input_tensor_by_name(request, "MESSAGE")
+    rows = pb_utils.get_input_tensor_by_name(request, "ROWS")
+    return None if message is None else Parcel(message.as_numpy().tobytes(), None if rows is None else rows.as_numpy())
+
+
+def answer_to(request: Any) -> Callable[[Parcel], None]:
+    """Sends one parcel back. It holds the request, whose memory the rows may still lie in."""
+    sender = request.get_response_sender()
+
+    def send(parcel: Parcel, request: Any = request) -> None:
+        sender.send(pb_utils.InferenceResponse(_tensors(parcel)), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+    return send
+
+
+def _tensors(parcel: Parcel) -> list[Any]:
+    tensors = [pb_utils.Tensor("MESSAGE", np.frombuffer(parcel.packed, dtype=np.uint8))]
+    if parcel.rows is not None:
+        tensors.append(pb_utils.Tensor("ROWS", parcel.rows))
+    return tensors
