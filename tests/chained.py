@@ -24,13 +24,38 @@ from trireme.parallel.zigzag import rows_of
 from trireme.weights.load import load
 from trireme_kernels.choose import Choices
 
+Maps = Mapping[int, np.ndarray]  # of a stage's layers with experts, by number
+
 
 def build_decoder(
-    model_dir: Path, plan: Plan | Sequence[int], stage: int, dtype: torch.dtype = torch.float32, *, rank: int = 0, device: str = "cpu"
+    model_dir: Path,
+    plan: Plan | Sequence[int],
+    stage: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    rank: int = 0,
+    device: str = "cpu",
+    maps: Maps = MappingProxyType({}),
 ) -> Decoder:
     """An empty stage, as one rank has it; a plan's layer cut alone stands for one rank a stage."""
     plan = plan if isinstance(plan, Plan) else Plan(layer_cut=tuple(plan))
-    return build_stage(Build(read_spec(model_dir), plan, stage, torch.device(device), dtype, Choices(device, dtype), rank=rank))
+    spec, choices = read_spec(model_dir), Choices(device, dtype)
+    return build_stage(Build(spec, plan, stage, torch.device(device), dtype, choices, rank=rank, maps=maps))
+
+
+def move_experts(decoders: Sequence[Decoder], maps: Maps, version: int) -> None:
+    """New maps on all ranks of a stage: each slot's rows are copied from any that had them, and then the maps are rewritten."""
+    span = decoders[0].build.collectives.mesh.spans["ep"]
+    for number, map in maps.items():
+        every = [decoder.mixtures[number] for decoder in decoders]
+        old = [[param.data.clone() for param in (each.gate_up, each.down)] for each in every]
+        for rank, each in enumerate(every):
+            before, members, num_slots = each.placement.map, span.members(rank), each.placement.slots_per_rank
+            each.placement.rewrite(map, version)
+            for slot, expert in enumerate(each.placement.here):
+                giver, row = divmod(int(np.flatnonzero(before == expert)[-1]), num_slots)
+                for param, held in zip((each.gate_up, each.down), old[members[giver]], strict=True):
+                    param.data[slot] = held[row]
 
 
 class Passed(NamedTuple):
@@ -43,9 +68,18 @@ class Passed(NamedTuple):
 
 class Chained:
     """All stages of a checkpoint with pools of their own. Sequences are numbered; each has `num_pages` pages, scattered, and where
-    blocks keep states the slot of its number, which may hold `num_held` rows."""
+    blocks keep states the slot of its number, which may hold `num_held` rows. `maps` are each stage's first ones, if not trivial."""
 
-    def __init__(self, model_dir: Path, plan: Plan | Sequence[int], *, num_sequences: int = 4, max_len: int = 256, num_held: int = 0):
+    def __init__(
+        self,
+        model_dir: Path,
+        plan: Plan | Sequence[int],
+        *,
+        num_sequences: int = 4,
+        max_len: int = 256,
+        num_held: int = 0,
+        maps: Sequence[Maps] | None = None,
+    ):
         self.plan = plan if isinstance(plan, Plan) else Plan(layer_cut=tuple(plan))
         num_pages = -(-max_len // PAGE)
         shuffled = np.random.default_rng(0).permutation(num_sequences * num_pages).astype(np.int32)
@@ -56,7 +90,9 @@ class Chained:
         self._caches = []
         self.boards = []
         for stage in range(self.plan.pp):
-            boards, decoders = Boards(), [build_decoder(model_dir, self.plan, stage, rank=rank) for rank in range(self.plan.ranks)]
+            placed = {} if maps is None else maps[stage]
+            boards = Boards()
+            decoders = [build_decoder(model_dir, self.plan, stage, rank=rank, maps=placed) for rank in range(self.plan.ranks)]
             for decoder in decoders:
                 load(decoder, model_dir)
                 decoder.build.collectives.begin(boards.groups(decoder.build.collectives))

@@ -10,13 +10,15 @@ import pytest
 import torch
 
 from layers.test_param import build
+from parallel.test_placement import random_map
 from threads import Boards, on_every_rank
 from tiny import tiny_config
+from trireme.core.batch import Batch
 from trireme.layers.block import Build
 from trireme.layers.linear import Linear
-from trireme.layers.moe import Moe
+from trireme.layers.moe import Moe, route_evenly
 from trireme.layers.param import Param
-from trireme.models.spec import make_spec
+from trireme.models.spec import Spec, make_spec
 from trireme.parallel.deal import Deal
 from trireme.parallel.layout import cut_of, home_of
 from trireme.parallel.plan import Plan
@@ -24,11 +26,15 @@ from trireme.parallel.seam import Route
 from trireme_kernels.choose import Choices
 
 SPEC = make_spec(tiny_config("qwen2_moe").to_dict())
+NOTHING = torch.zeros(0, dtype=torch.int64)
+BATCH = Batch(NOTHING, NOTHING, NOTHING, attention={}, shared=None, caches=[], head_rows=NOTHING)  # experts read no more of it
 
 
-def filled(rank_build: Build) -> Moe:
+def filled(rank_build: Build, map: np.ndarray | None = None) -> Moe:
     """A rank's block, with its slices of the weights that every plan has."""
     moe = Moe(rank_build, 1)
+    if map is not None:
+        moe.placement.rewrite(map, 1)
     draw = torch.Generator().manual_seed(0)
     for _, param in sorted(moe.named_parameters()):
         assert isinstance(param, Param)
@@ -59,12 +65,36 @@ def filled(rank_build: Build) -> Moe:
 def test_ranks_together_give_what_one_gives(sizes: dict[str, Any], experts: str, width: int, num_rows: int):
     """In every regime, by way of the moves that seams would make."""
     spec, x = replace(SPEC, shared_intermediate=width), torch.randn(num_rows, SPEC.hidden)
-    wanted = filled(build(spec))(x, None)
-    boards = Boards()
+    check_ranks(spec, x, filled(build(spec))(x, BATCH), {**sizes, "experts": experts})
+
+
+@pytest.mark.parametrize("experts", ["gathered", "dispatched"])
+@pytest.mark.parametrize("sizes", [{"tp": 4, "ep": 4}, {"tp": 4, "ep": 2, "sp": True}, {"tp": 2, "cp": 2, "ep": 2, "moe_dp": 2}], ids=str)
+def test_copies_together_give_what_one_gives(sizes: dict[str, Any], experts: str):
+    x = torch.randn(11, SPEC.hidden)
+    wanted, more = filled(build(SPEC))(x, BATCH), {**sizes, "experts": experts, "eplb": True, "num_redundant_experts": 4}
+    for seed in range(3):
+        check_ranks(SPEC, x, wanted, more, random_map(SPEC.num_experts, SPEC.num_experts + 4, seed))
+
+
+def test_a_fake_router_is_even():
+    """Over rows, and over experts: no expert has more than one row more than another, and none is a row's twice."""
+    moe = filled(build(SPEC, dispatch="fake", eplb=True))
+    assert moe.loads is not None
+    for num_rows in (1, 7, 64):
+        moe.loads.zero_()
+        moe(torch.randn(num_rows, SPEC.hidden), BATCH)
+        assert int(moe.loads.sum()) == num_rows * SPEC.num_experts_per_tok and int(moe.loads.max() - moe.loads.min()) <= 1
+    weights, experts = route_evenly(torch.randn(50, 7), 3, True)
+    assert torch.equal(weights.sum(1), torch.ones(50)) and all(len(set(row)) == 3 for row in experts.tolist())
+
+
+def check_ranks(spec: Spec, x: torch.Tensor, wanted: torch.Tensor, sizes: dict[str, Any], map: np.ndarray | None = None) -> None:
+    boards, num_rows = Boards(), len(x)
 
     def run(rank: int) -> None:
-        rank_build = build(spec, rank, **sizes, experts=experts)
-        moe, collectives = filled(rank_build), rank_build.collectives
+        rank_build = build(spec, rank, **sizes)
+        moe, collectives = filled(rank_build, map), rank_build.collectives
         routes = []
         for regime in rank_build.plan.regimes:
             home = home_of(regime)
@@ -73,7 +103,7 @@ def test_ranks_together_give_what_one_gives(sizes: dict[str, Any], experts: str,
         collectives.begin(boards.groups(collectives))
         for deal, cut, there, back in routes:
             own = torch.from_numpy(deal.rows(cut))
-            torch.testing.assert_close(back(moe(there(x[own], deal), None), deal), wanted[own], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(back(moe(there(x[own], deal), BATCH), deal), wanted[own], atol=1e-5, rtol=1e-5)
 
     on_every_rank(Plan(layer_cut=(1,), **sizes).ranks, run, boards)
 
@@ -84,9 +114,9 @@ def test_ranks_together_give_what_one_gives(sizes: dict[str, Any], experts: str,
 def test_a_gpu_skips_rows_of_other_ranks(num_rows: int):
     """It sorts them behind its own and learns no count: what two ranks owe is what a CPU gives."""
     spec, x = replace(SPEC, shared_intermediate=0), torch.randn(num_rows, SPEC.hidden)
-    wanted, owed = filled(build(spec))(x, None), torch.zeros_like(x)
+    wanted, owed = filled(build(spec))(x, BATCH), torch.zeros_like(x)
     for rank in range(2):
         device = torch.device("cuda")
         rank_build = replace(build(spec, rank, tp=2, ep=2), device=device, choices=Choices(device, torch.float32))
-        owed += filled(rank_build)(x.to(device), None).cpu()
+        owed += filled(rank_build)(x.to(device), BATCH).cpu()
     torch.testing.assert_close(owed, wanted, atol=1e-4, rtol=1e-4)

@@ -55,6 +55,10 @@ MIXED = [
     {"layer_cut": (1, 4), "tp": 6, "cp": 4, "ep": 4, "experts": "dispatched"},
     {"layer_cut": (5,), "tp": 6, "cp": 2, "moe_dp": 2, "ep": 2, "sp": True},
     {"layer_cut": (2, 1, 2), "tp": 3, "cp": 8, "ep": 8, "sp": True},
+    {"layer_cut": (5,), "cp": 2, "ep": 2, "eplb": True},
+    {"layer_cut": (2, 3), "cp": 4, "ep": 2, "eplb": True, "num_redundant_experts": 2},
+    {"layer_cut": (1, 4), "tp": 6, "cp": 4, "ep": 4, "experts": "dispatched", "eplb": True, "num_redundant_experts": 12},
+    {"layer_cut": (5,), "tp": 6, "cp": 2, "moe_dp": 2, "ep": 3, "sp": True, "eplb": True, "num_redundant_experts": 1},
 ]
 
 
@@ -175,6 +179,15 @@ def test_no_cut_is_better(costs: list[int], tail: int, data: st.DataObject):
         for places in combinations(range(1, len(costs)), num_stages - 1)
     ]
     assert dearest(balance(costs, tail, num_stages)) == min(map(dearest, cuts))
+
+
+def test_a_row_may_find_more_of_its_experts_on_a_rank_that_has_more_slots():
+    """Of 8 experts on 8 ranks each has one; with 8 more slots two, and a row that has three can send two rows there."""
+    spec = spec_of("qwen3_moe", hidden_size=8, moe_intermediate_size=200, intermediate_size=8)
+    sizes = {"layer_cut": (5,), "cp": 8, "ep": 8}
+    one, two = Plan(**sizes), Plan(**sizes, eplb=True, num_redundant_experts=8)
+    grown = activation_bytes(spec, two, 64, 1, 2) - activation_bytes(spec, one, 64, 1, 2)
+    assert grown == 2 * 64 * (2 * 8 + 3 * 200)
 
 
 def test_activations_of_a_dense_layer():

@@ -110,6 +110,19 @@ HYBRID = replace(
             {"tensor_parallel_size": 2, "context_parallel_size": 3, "expert_parallel_size": 2, "experts": "dispatched"},
             "groups of one size must nest",
         ),
+        (SPEC, {"eplb": {}}, "ep=1 and moe_dp=1 and eplb for a checkpoint without experts.*leave out ep and moe_dp and eplb"),
+        (
+            MOE,
+            {"tensor_parallel_size": 8, "expert_parallel_size": 8, "eplb": {"num_redundant_experts": 5}},
+            "ep=8 does not divide 12 experts and 5 redundant ones.*use num_redundant_experts=12",
+        ),
+        (
+            MOE,
+            {"tensor_parallel_size": 2, "expert_parallel_size": 2, "eplb": {"num_redundant_experts": 14}},
+            "num_redundant_experts=14 for 12 experts on ep=2 ranks.*use at most 12",
+        ),
+        (MOE, {"eplb": {"num_redundant_experts": 1}}, "num_redundant_experts=1 for 12 experts on ep=1 ranks.*use an ep above 1"),
+        (MOE, {"eplb": {"dispatch": "static"}}, "dispatch=static with experts=gathered"),
         (HYBRID, {"tensor_parallel_size": 8}, "tp=8 does not divide 4 key heads of the delta rule.*fix: use tp=4"),
         (HYBRID, {"mtp": {"num_tokens": 2}}, "mtp asks for 2 drafts, and the checkpoint has no head"),
     ],
@@ -130,12 +143,31 @@ def test_a_head_drafts_unless_it_is_turned_off(asked: int | None, drafts: int, w
     assert (plan.mtp, str(plan)) == (drafts, words)
 
 
+@pytest.mark.parametrize(
+    ("eplb", "experts", "dispatch", "words"),
+    [
+        (None, "dispatched", "dynamic", "tp4 ep4 dispatched"),
+        ({}, "gathered", "dynamic", "tp4 ep4 eplb"),
+        ({"num_redundant_experts": 8}, "gathered", "dynamic", "tp4 ep4 eplb8"),
+        ({"num_redundant_experts": 8}, "dispatched", "static", "tp4 ep4 dispatched eplb8 static"),
+        ({"dispatch": "dynamic"}, "dispatched", "dynamic", "tp4 ep4 dispatched eplb"),
+        ({"dispatch": "fake"}, "gathered", "fake", "tp4 ep4 eplb fake"),
+    ],
+)
+def test_copies_are_chosen_as_rows_find_them_unless_settings_say(eplb: dict | None, experts: str, dispatch: str, words: str):
+    values = {"model": "/m", "tensor_parallel_size": 4, "expert_parallel_size": 4, "experts": experts, "eplb": eplb}
+    plan = Plan.of(make_settings(values), MOE)
+    assert (plan.dispatch, str(plan), plan.eplb) == (dispatch, words, eplb is not None)
+
+
 def test_expert_axes_divide_the_ranks_of_a_stage():
     assert Plan(layer_cut=(1,), tp=4, cp=2, ep=4).moe_tp == 2
     with pytest.raises(Refusal, match="does not divide the 4 ranks"):
         Plan(layer_cut=(1,), tp=4, ep=3)
     with pytest.raises(Refusal, match="moe_dp=4 with cp=2"):
         Plan(layer_cut=(1,), tp=4, cp=2, moe_dp=4)
+    with pytest.raises(Refusal, match=r"num_redundant_experts=2 with eplb=False.*set eplb"):
+        Plan(layer_cut=(1,), tp=4, ep=2, num_redundant_experts=2)
     with pytest.raises(Refusal, match="below one"):
         Plan(layer_cut=(1,), tp=0)
 

@@ -7,13 +7,16 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from chained import Chained, build_decoder
+from parallel.test_placement import random_map
 from tiny import fuse_experts, random_prompts, tiny_checkpoint
 from trireme.core.refusal import Refusal
 from trireme.models.decoder import Decoder
+from trireme.parallel.placement import trivial_map
 from trireme.parallel.plan import Plan
 from trireme.weights.load import fill_dummy, load
 from trireme.weights.names import sort
@@ -89,6 +92,47 @@ def test_every_number_is_read_as_often_as_the_plan_says(form: str, plan: Plan, t
         passed = name.startswith(("model.visual.", "mtp."))
         assert bool((each == (0 if passed else copies(name, plan, shared.get("shared_expert_intermediate_size", 36)))).all()), name
     assert read_bytes == sum(4 * int(each.sum()) for each in times.values())
+
+
+@pytest.mark.parametrize("form", ["each", "fused", "inside"])
+@pytest.mark.parametrize("experts", ["gathered", "dispatched"])
+def test_an_expert_is_read_for_each_of_its_slots(form: str, experts: Any, tmp_path: Path):
+    """Also where two are on one rank; rows of all copies are the checkpoint's, and nothing else is read more than without copies."""
+    plan = Plan(layer_cut=(5,), tp=2, cp=2, ep=2, moe_dp=2, eplb=True, num_redundant_experts=4, experts=experts)
+    tiny_checkpoint(tmp_path, FAMILIES[form], **(HYBRID_SIZES if form == "inside" else SIZES))
+    if form == "fused":
+        fuse_experts(tmp_path)
+    sparse = [0, 2, 3, 4] if FAMILIES[form] == "qwen3_moe" else [0, 1, 2, 3, 4]
+    maps = {number: random_map(8, 12, number) for number in range(1, 4)}
+    with Checkpoint(tmp_path) as checkpoint:
+        times = {name: torch.zeros(stored.shape) for name, stored in checkpoint.tensors.items()}
+        for rank in range(plan.ranks):
+            decoder = build_decoder(tmp_path, plan, 0, rank=rank, maps=maps)
+            params = dict(decoder.params())
+            for use in sort(checkpoint.tensors, decoder, 5).uses:
+                for piece in params[use.target].pieces(use.parts, use.expert, interleaved=use.interleaved):
+                    times[use.tensor][piece.source] += 1
+            manifest = load(decoder, tmp_path)
+            assert manifest.param_bytes == manifest.read_bytes == sum(param.nbytes for param in params.values())
+            for each in decoder.mixtures:
+                prefix = each.name.replace("layers", "model.language_model.layers" if form == "inside" else "model.layers")
+                assert torch.equal(each.down, _stacked(checkpoint, f"{prefix}.experts")[each.placement.here])
+    for name, each in times.items():
+        if ".experts." not in name:
+            assert bool((each == (0 if name.startswith(("model.visual.", "mtp.")) else copies(name, plan, 36))).all()), name
+            continue
+        number = -1 if name.startswith("mtp.") else sparse.index(int(name.split("layers.")[1].split(".")[0]))
+        slots = torch.from_numpy(np.bincount(maps.get(number, trivial_map(8, 12)))) * plan.moe_dp * (number >= 0)
+        of_one = name.split(".experts.")[1].split(".")[0]
+        wanted = slots[int(of_one)] if of_one.isdigit() else slots.view(8, 1, 1)
+        assert bool((each == wanted).all()), name
+
+
+def _stacked(checkpoint: Checkpoint, prefix: str) -> torch.Tensor:
+    """All experts' last product."""
+    if f"{prefix}.down_proj" in checkpoint.tensors:
+        return checkpoint.read(f"{prefix}.down_proj")
+    return torch.stack([checkpoint.read(f"{prefix}.{expert}.down_proj.weight") for expert in range(8)])
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=str)
