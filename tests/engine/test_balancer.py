@@ -173,6 +173,19 @@ def test_a_stage_that_starts_again_gets_its_maps_back():
     assert again.seen()["history"][-1]["reason"] == "restore"
 
 
+def test_initial_maps_that_changed_meanwhile(tmp_path):
+    """The file of initial maps is that in which the service saves: a stage that starts later reads others than the service did."""
+    a_stage().balancer.save(tmp_path)
+    stage = proven(a_stage(initial_map=str(tmp_path / "eplb.safetensors")))
+    while stage.seen()["num_commits"] < 5:
+        stage.push(SKEWED)
+    again = Stage(stage.balancer, now=stage.now, maps=dict(stage.maps))
+    stage.balancer.save(tmp_path)
+    for _ in range(8):
+        again.push()
+    assert again.knows() and (again.maps[0] != trivial(SLOTS)).any()
+
+
 def test_a_service_that_starts_again_disturbs_nobody():
     """Without a saved state it does not know the stage's maps: it says so, gathers loads, then gives whole ones."""
     stage = proven(a_stage())
@@ -231,6 +244,9 @@ def test_initial_maps_of_files(tmp_path):
     (tmp_path / "text").write_text("maps")
     with pytest.raises(Refusal, match="is no file of expert loads"):
         initial_maps(Eplb(initial_map=str(tmp_path / "text")), [EXPERTS], ORIGIN)
+    write(tmp_path / "poor", ORIGIN, {"stage_0.maps": np.zeros((5, 12), np.int32)})
+    with pytest.raises(Refusal, match="does not have every expert"):
+        initial_maps(Eplb(initial_map=str(tmp_path / "poor")), [EXPERTS], ORIGIN)
     write(tmp_path / "short", ORIGIN, {"stage_0.maps": np.zeros((5, 4), np.int32)})
     with pytest.raises(Refusal, match="5 x 12: its own are 5 x 4"):
         initial_maps(Eplb(initial_map=str(tmp_path / "short")), [EXPERTS], ORIGIN)

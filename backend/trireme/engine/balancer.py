@@ -51,7 +51,11 @@ def initial_maps(eplb: Eplb, stages: Sequence[StageExperts], origin: Origin) -> 
     found = []
     for stage, experts in enumerate(stages):
         if with_maps:
-            found.append(_take(contents, stage, "maps", (len(experts.layers), experts.slots.num_slots)).astype(np.int32))
+            maps = _take(contents, stage, "maps", (len(experts.layers), experts.slots.num_slots)).astype(np.int32)
+            if any(set(map_.tolist()) != set(range(experts.slots.num_experts)) for map_ in maps):
+                what = f"a map of stage {stage} in {contents.path} does not have every expert"
+                raise Refusal(what, why="tokens that go to a missing one would be wrong", fix="use a file that the model `eplb` saved")
+            found.append(maps)
             continue
         loads = _take(contents, stage, "loads", (len(experts.layers), experts.slots.num_experts))
         windows = loads if loads.ndim == 3 else loads[None]
@@ -200,7 +204,9 @@ class _Stage:
         self._queue.clear()
         if push.version == 0:
             had = {layer: map_.copy() for layer, map_ in enumerate(self._maps) if self._known[layer]} | self._owed
-            self._owed = {layer: map_ for layer, map_ in had.items() if (map_ != self._initial[layer]).any()}
+            # a file of initial maps may have been written again, so that the stage read others than this service
+            sure = self._eplb.initial_map == "trivial"
+            self._owed = {layer: map_ for layer, map_ in had.items() if not sure or (map_ != self._initial[layer]).any()}
             self._maps, self._known = self._initial.copy(), np.ones(len(self._known), bool)
         else:
             self._owed, self._known = {}, np.zeros(len(self._known), bool)
