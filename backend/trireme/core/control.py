@@ -32,6 +32,7 @@ class Join(msgspec.Struct, frozen=True, tag="join"):
 
     epoch: int
     store: str = ""  # host:port of the rendezvous store; empty where no group is needed
+    map_version: int = 0  # by a leader to its ranks: of the expert maps that the stage has; a rank that is one behind has it laid ready
 
 
 class RankState(msgspec.Struct, frozen=True):
@@ -70,7 +71,7 @@ class Joined(msgspec.Struct, frozen=True, tag="joined"):
 
 class Fault(msgspec.Struct, frozen=True, tag="fault"):
     """A step or control message that was not carried out. `kind`: "stale", "duplicate", "gap", "checksum", "link",
-    "rank" (died or failed), "unready". Nothing computes on in that epoch."""
+    "rank" (died or failed), "unready", "map". Nothing computes on in that epoch, unless it answers a Prepare."""
 
     kind: str
     message: str
@@ -114,7 +115,7 @@ class Offer(msgspec.Struct, frozen=True, tag="offer"):
     maps: dict[int, bytes] = {}  # as in Prepare
 
 
-Ask = Status | Found | Join
+Ask = Status | Found | Join | Prepare  # the last is for ranks only
 Answer = StageState | Founded | Joined | Prepared | Outcome | Fault
 
 _STEP, _ASK = b"S", b"A"

@@ -149,6 +149,7 @@ class Outcome(msgspec.Struct, frozen=True, array_like=True, tag="outcome"):
     drafts: bytes = b""  # int32 [items that sample, Step.drafts]
     loads: bytes = b""  # int32 [layers with experts, num_experts]: rows that each was given since the last report
     map_ready: int = 0  # version of the stage's expert maps that all its ranks have prepared, or have
+    stalled_s: float = 0.0  # that this step waited for new maps to be put in force
 
 
 _encoder = msgspec.msgpack.Encoder()

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 
-from trireme.core.control import Answer, Fault, Found, Founded, Join, Joined, Parcel, open_message, pack_answer
+from trireme.core.control import Answer, Fault, Found, Founded, Join, Joined, Parcel, Prepare, Prepared, open_message, pack_answer
 from trireme.core.log import logger
-from trireme.core.step import Step, peek_step
+from trireme.core.step import Step, array, peek_step
 from trireme.parallel.comm import LinkLost, StoreHost
 from trireme.parallel.link import form_link
 from trireme.ranks.channel import BREAK, RankChannel
 from trireme.ranks.launch import Brief
+from trireme.ranks.mixtures import MapLost
 from trireme.ranks.runner import Pending, Runner
 
 
 class DeviceLost(RuntimeError):
-    """An error of the device after which it does nothing more for this process."""
+    """An error after which this process does nothing more: of the device, or since its weights are of expert maps that are gone."""
 
 
 class Duty:
@@ -37,8 +39,12 @@ class Duty:
     def do(self) -> None:
         """Until the channel says Left. DeviceLost where only a new process can go on."""
         # A step that its device is still computing is answered from a thread of its own, in the order of steps, so that the
-        # next one is launched meanwhile. Without such steps there is no thread.
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="answers") as answers:
+        # next one is launched meanwhile. New expert maps are made ready in another. Without either there is no thread.
+        with (
+            ThreadPoolExecutor(max_workers=1, thread_name_prefix="answers") as answers,
+            ThreadPoolExecutor(max_workers=1, thread_name_prefix="maps") as maps,
+            contextlib.closing(self),  # before the threads are waited for: one may wait for other ranks
+        ):
             idle = time.perf_counter()
             while True:
                 ticket, parcel = self._channel.receive()
@@ -49,7 +55,10 @@ class Duty:
                     continue
                 message = open_message(parcel.packed)
                 asked = peek_step(bytes(message)) if isinstance(message, memoryview) else message
-                assert isinstance(asked, Step | Found | Join), "a leader answers the rest itself"
+                assert isinstance(asked, Step | Found | Join | Prepare), "a leader answers the rest itself"
+                if isinstance(asked, Prepare):
+                    maps.submit(self._prepare, ticket, asked)
+                    continue
                 try:
                     pending = self._carry_out(asked, parcel.rows, time.perf_counter() - idle)
                 except Exception as error:  # also a device out of memory: the rank lives on, the epoch does not
@@ -61,6 +70,9 @@ class Duty:
                 else:
                     self._answer(ticket, asked, pending)
                 idle = time.perf_counter()
+
+    def close(self) -> None:
+        self._leave("the rank left")
 
     def _answer(self, ticket: int, asked: Step | Found | Join, pending: Pending) -> None:
         """A fault that shows only here ends the epoch, too: the leader says so to all ranks of the stage, and to this one."""
@@ -75,17 +87,37 @@ class Duty:
             return _at_once(self._found(asked))
         if isinstance(asked, Join):
             self._join(asked)
-            return _at_once(Joined(asked.epoch))
-        if self._over or asked.epoch != self._epoch:
-            why = f"not computed: the rank's epoch is {self._epoch}{f', and is over: {self._over}' if self._over else ''}"
-            return _at_once(Fault("stale", why, self._stage, asked.epoch, asked.number))
+            return _at_once(Joined(asked.epoch, self._runner.map_version))
+        if stale := self._stale(asked.epoch):
+            return _at_once(Fault("stale", f"not computed: {stale}", self._stage, asked.epoch, asked.number))
         return self._runner.run(asked, rows, waited_s)
+
+    def _stale(self, epoch: int) -> str:
+        """Why nothing is done in this epoch, or empty."""
+        if epoch == self._epoch and not self._over:
+            return ""
+        return f"the rank's epoch is {self._epoch}{f', and is over: {self._over}' if self._over else ''}"
+
+    def _prepare(self, ticket: int, asked: Prepare) -> None:
+        """In the thread for maps. Whatever fails, steps go on."""
+        try:
+            if stale := self._stale(asked.epoch):
+                raise LinkLost(stale)
+            maps = {layer: array(packed) for layer, packed in asked.maps.items()}
+            answer = Prepared(asked.epoch, asked.version, self._runner.prepare_maps(asked.version, maps))
+        except Exception as error:
+            why = f"expert maps of version {asked.version} are not ready: {type(error).__name__}: {error}"
+            self._log.warning("%s", why)
+            if isinstance(error, torch.AcceleratorError):
+                self._lost = why
+            answer = Fault("map", why, self._stage, asked.epoch)
+        self._channel.answer(ticket, Parcel(pack_answer(answer)), fault=isinstance(answer, Fault))
 
     def _fault(self, asked: Step | Found | Join, error: Exception) -> Fault:
         kind, number = "link" if isinstance(error, LinkLost) else "rank", asked.number if isinstance(asked, Step) else -1
         why = f"{type(error).__name__}: {error}"
         self._log.warning("epoch %d ended at %s %d: %s", asked.epoch, type(asked).__name__, number, why, exc_info=kind == "rank")
-        if isinstance(error, torch.AcceleratorError):
+        if isinstance(error, torch.AcceleratorError) or (isinstance(error, MapLost) and isinstance(asked, Join)):
             self._lost = why
         return Fault(kind, why, self._stage, asked.epoch, number)
 
@@ -95,6 +127,7 @@ class Duty:
 
     def _join(self, join: Join) -> None:
         self._leave("another was joined")  # before anything else: another stage may be waiting in a group of the old epoch
+        self._runner.settle_maps(join.map_version)
         link = form_link(
             self._settings,
             self._runner.collectives,

@@ -23,6 +23,8 @@ class Brief(msgspec.Struct, frozen=True, kw_only=True):
     leader: int  # process id that the rank must not outlive
     run_dir: str
     settings: Settings
+    map_version: int = 0  # of the stage's expert maps
+    maps: dict[int, bytes] = {}  # as in Prepare, but int16 (an argument has at most 128 KiB); layers that are not here have the trivial one
 
 
 class RankProcess(Protocol):

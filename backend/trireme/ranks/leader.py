@@ -10,11 +10,12 @@ import contextlib
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import zmq
 
 from trireme.core.control import (
@@ -22,17 +23,24 @@ from trireme.core.control import (
     Fault,
     Found,
     Join,
+    Offer,
     Parcel,
+    Prepare,
+    Prepared,
+    Push,
     StageState,
     Status,
+    open_answer,
     open_message,
     pack_answer,
+    pack_ask,
 )
 from trireme.core.log import logger
 from trireme.core.settings import Settings
-from trireme.core.step import Step, peek_step
+from trireme.core.step import Outcome, Step, array, peek_step
 from trireme.ranks import channel
 from trireme.ranks.launch import Launcher, LocalLauncher
+from trireme.ranks.maps import StageMaps
 from trireme.ranks.order import Misorder, StepOrder
 from trireme.ranks.rank import Rank
 
@@ -51,21 +59,38 @@ class _Call:
     epoch: int
     number: int = -1
     waits_for: set[int] = field(default_factory=set)  # ranks that have not answered
-    answer: Parcel | None = None  # rank 0's, or the first fault
+    answers: dict[int, Parcel] = field(default_factory=dict)  # by rank
+    map_version: int = 0  # of the expert maps that a step is stamped with
+    counts_loads: bool = False
+    prepare: Prepare | None = None  # what a rank may fail to do, and the epoch goes on
 
 
 class Leader:
     """One stage. Every post is answered exactly once, also by `stop`, from any thread."""
 
-    def __init__(self, settings: Settings, stage: int, run_dir: Path, launcher: Launcher | None = None):
+    def __init__(
+        self,
+        settings: Settings,
+        stage: int,
+        run_dir: Path,
+        launcher: Launcher | None = None,
+        *,
+        maps: Mapping[int, np.ndarray] | None = None,
+        push: Callable[[Push], None] | None = None,
+    ):
+        """`maps`: of experts, that the stage begins with, int32 [num_slots] by layer, where not trivial. `push` gets what the experts
+        were given, from any thread, and returns at once; what comes of it is for `prepare`."""
         self._settings, self._stage, self._run_dir = settings, stage, run_dir
         self._log = logger(f"stage_{stage}")
         launcher = launcher or LocalLauncher()
         self._ranks = [Rank(settings, stage, rank, run_dir, launcher, self._log) for rank in range(settings.ranks_per_stage)]
         self._order: StepOrder[_Call] = StepOrder(stage, settings.inflight)
+        self._maps, self._push = StageMaps(maps or {}), push
+        self._num_uncounted = 0  # steps since the last push
         self._calls: dict[int, _Call] = {}  # by ticket, with the ranks
         self._tickets = itertools.count(channel.BREAK + 1)
         self._due: list[tuple[Done, Answer | Parcel]] = []  # answers to hand out once the lock is free
+        self._pushes: list[Push] = []  # likewise
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._ended = f"stage_{stage} has not started"  # why nothing is taken, or empty
@@ -87,6 +112,12 @@ class Leader:
         with self._lock:
             return self._state()
 
+    def prepare(self, offer: Offer) -> None:
+        """New expert maps for this stage. Its ranks lay them ready while steps go on; what became of it the next Push says."""
+        with self._locked():
+            self._maps.offer(offer)
+            self._order_maps()
+
     def post(self, parcel: Parcel, done: Done) -> None:
         """Take a message of core.control; `done` gets its answer, perhaps before this returns. Never blocks for long."""
         try:
@@ -101,7 +132,11 @@ class Leader:
                 self._due.append((done, self._state()))
             elif isinstance(message, memoryview):
                 assert step is not None, "a message is an ask or a step"
-                self._take_step(step, packed, _Call(done, parcel, step.epoch, step.number))
+                version = step.maps[self._stage] if step.maps else 0
+                call = _Call(done, parcel, step.epoch, step.number, map_version=version, counts_loads=step.counts_loads)
+                self._take_step(step, packed, call)
+            elif isinstance(message, Prepare):
+                self._refuse(_Call(done, parcel, message.epoch), "map", "expert maps come from a stage's own side")
             else:
                 self._take_ask(message, _Call(done, parcel, message.epoch))
 
@@ -111,13 +146,18 @@ class Leader:
     def _locked(self) -> Iterator[None]:
         """The leader's state; answers decided inside are handed out after the lock is free, since `done` may post again."""
         due: list[tuple[Done, Answer | Parcel]] = []
+        pushes: list[Push] = []
         try:
             with self._lock:
                 try:
                     yield
                 finally:
                     due, self._due = self._due, []
+                    pushes, self._pushes = self._pushes, []
         finally:
+            for push in pushes:
+                assert self._push is not None, "else nothing is counted"
+                self._push(push)
             for done, answer in due:
                 try:
                     done(answer if isinstance(answer, Parcel) else Parcel(pack_answer(answer)))
@@ -148,6 +188,7 @@ class Leader:
             ranks=ranks,
             reordered=self._order.reordered,
             restarts=restarts,
+            map_version=self._maps.version,
         )
 
     def _unready(self) -> str:
@@ -166,6 +207,8 @@ class Leader:
         else:
             self._end_epoch("stale", f"epoch {ask.epoch} began")
             self._order.begin(ask.epoch)
+            self._maps.begin()
+            call.parcel = Parcel(pack_ask(Join(ask.epoch, ask.store, self._maps.version)))
             self._send(call, self._ranks)
 
     def _take_step(self, step: Step, packed: bytes, call: _Call) -> None:
@@ -182,9 +225,28 @@ class Leader:
             return
         try:
             while released := self._order.release():
+                if wrong := self._maps.stamp(released.map_version):
+                    wrong = f"stage_{self._stage}: step {released.number} of epoch {released.epoch}: {wrong}"
+                    self._refuse(released, "map", wrong)
+                    raise Misorder("map", wrong)
+                released.map_version = self._maps.version
                 self._send(released, self._ranks)
         except Misorder as misorder:
             self._end_epoch(misorder.kind, misorder.message)
+
+    def _order_maps(self) -> None:
+        """Have ranks prepare what was offered, if it is time."""
+        if self._order.is_over or self._unready():
+            return
+        if prepare := self._maps.order(self._order.epoch):
+            self._send(_Call(lambda parcel: None, Parcel(pack_ask(prepare)), prepare.epoch, prepare=prepare), self._ranks)
+
+    def _fail_to_prepare(self, prepare: Prepare, rank: Rank, parcel: Parcel) -> None:
+        """The stage goes on with the maps that it has."""
+        fault = open_answer(parcel.packed)
+        assert isinstance(fault, Fault), "the rank says so"
+        self._log.warning("%s: %s", rank.name, fault.message)
+        self._maps.failed(prepare, f"{rank.name}: {fault.message}")
 
     def _send(self, call: _Call, ranks: list[Rank]) -> None:
         ticket = next(self._tickets)
@@ -203,6 +265,7 @@ class Leader:
         `kind` is what held steps are refused for; of a bad checksum only the first is guilty."""
         if not (self._order.is_over or self._ended):
             self._log.warning("epoch %d ended: %s", self._order.epoch, why)
+        self._maps.drop(why)
         for place, call in enumerate(self._order.end(why)):
             self._refuse(call, "stale" if place and kind == "checksum" else kind, why)
         for rank in self._ranks:
@@ -261,13 +324,40 @@ class Leader:
             if call is None:  # it was given up before
                 return
             call.waits_for.discard(answer.rank)
-            if answer.fault or call.answer is None or answer.rank == 0:
-                call.answer = answer.parcel
-            if answer.fault and call.epoch == self._order.epoch:
+            call.answers[answer.rank] = answer.parcel
+            if answer.fault and call.prepare is not None:
+                self._fail_to_prepare(call.prepare, rank, answer.parcel)
+            elif answer.fault and call.epoch == self._order.epoch:
                 self._end_epoch("stale", f"{rank.name} could not carry out an order of epoch {call.epoch}")
-            if not call.waits_for or answer.fault:
+            if answer.fault:
                 del self._calls[answer.ticket]
-                self._due.append((call.done, call.answer))
+                self._due.append((call.done, answer.parcel))
+            elif not call.waits_for:
+                del self._calls[answer.ticket]
+                self._due.append((call.done, self._complete(call)))
+            self._order_maps()
+
+    def _complete(self, call: _Call) -> Parcel:
+        """Every rank has answered: the answer of all, which is rank 0's unless it is about experts."""
+        first = call.answers[min(call.answers)]
+        if call.prepare is not None:
+            answers = [open_answer(parcel.packed) for parcel in call.answers.values()]
+            self._maps.prepared(call.prepare, sum(answer.moved_bytes for answer in answers if isinstance(answer, Prepared)))
+            return first
+        if call.number < 0:
+            return first
+        self._num_uncounted += 1
+        if not call.counts_loads and self._maps.settled and self._maps.ready == call.map_version:
+            return first
+        outcomes = [open_answer(call.answers[rank].packed) for rank in sorted(call.answers)]
+        outcomes = [outcome for outcome in outcomes if isinstance(outcome, Outcome)]
+        if call.epoch == self._order.epoch and not self._order.is_over:
+            self._maps.computed(call.map_version, max(outcome.stalled_s for outcome in outcomes))
+        loads = [array(outcome.loads) for outcome in outcomes if outcome.loads]
+        if loads and self._push is not None:
+            self._pushes.append(self._maps.push(self._stage, call.number, call.map_version, np.sum(loads, axis=0), self._num_uncounted))
+            self._num_uncounted = 0
+        return Parcel(pack_answer(msgspec.structs.replace(outcomes[0], loads=b"", map_ready=self._maps.ready)), first.rows)
 
     def _look(self, context: zmq.Context, answers: channel.AnswerSocket, now: float, *, slept: bool) -> None:
         """Find the dead and the late; start ranks whose time has come."""
@@ -279,7 +369,7 @@ class Leader:
                     self._log.warning("%s %s", rank.name, death)
                     rank.bury(death, answers, now)
                     self._lose("rank", f"{rank.name} {death}")
-                rank.launch_if_due(context, answers, now)
+                rank.launch_if_due(context, answers, now, self._maps.version, self._maps.maps)
             try:
                 self._order.check_gap(now, self._settings.step_timeout_s)
             except Misorder as misorder:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from trireme.core.devices import place_ranks
@@ -20,8 +21,16 @@ from trireme.weights.load import fill_dummy, load
 from trireme_kernels.choose import Choices
 
 
-def load_runner(settings: Settings, stage: int, rank: int, progress: Callable[[str], None]) -> Runner:
-    """A rank's part of the model, ready to run. `progress` gets clauses for a user. Refusal where it cannot be loaded."""
+def load_runner(
+    settings: Settings,
+    stage: int,
+    rank: int,
+    progress: Callable[[str], None],
+    maps: Mapping[int, np.ndarray] | None = None,
+    map_version: int = 0,
+) -> Runner:
+    """A rank's part of the model, ready to run, with the stage's expert maps as they are now. `progress` gets clauses for a user.
+    Refusal where it cannot be loaded."""
     torch.set_num_threads(settings.threads(settings.world))
     model_dir = Path(settings.model)
     spec = read_spec(model_dir)
@@ -31,7 +40,7 @@ def load_runner(settings: Settings, stage: int, rank: int, progress: Callable[[s
     dtype = getattr(torch, auto if settings.dtype == "auto" else settings.dtype)
     choices = Choices(device.type, dtype)
     log = logger(f"stage_{stage} rank {rank}")
-    decoder = build_stage(Build(spec, plan, stage, device, dtype, choices, rank=rank))
+    decoder = build_stage(Build(spec, plan, stage, device, dtype, choices, rank=rank, maps=maps or {}, map_version=map_version))
     manifest = fill_dummy(decoder) if settings.load_format == "dummy" else load(decoder, model_dir, _in_percent(progress))
     runner = Runner(
         decoder,

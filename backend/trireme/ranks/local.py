@@ -5,12 +5,15 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from trireme.core.control import Parcel
+import numpy as np
+
+from trireme.core.control import Offer, Parcel, Push
 from trireme.core.log import logger
 from trireme.core.settings import Settings
+from trireme.ranks.courier import Courier
 from trireme.ranks.launch import Launcher
 from trireme.ranks.leader import Leader
 
@@ -20,16 +23,37 @@ _TICK_S = 0.05  # how late a TimeoutError may be
 class LocalStages:
     """Leaders in this process. `run_dir`: a private folder for their sockets; it is made, and removed by `stop` if empty."""
 
-    def __init__(self, settings: Settings, run_dir: Path, launcher: Launcher | None = None):
+    def __init__(
+        self,
+        settings: Settings,
+        run_dir: Path,
+        launcher: Launcher | None = None,
+        *,
+        service: Callable[[Push], Offer] | None = None,
+        maps: Sequence[Mapping[int, np.ndarray]] | None = None,
+    ):
+        """`service` balances experts: it is asked by a thread of each stage, of all at once. `maps`: those of experts that each stage
+        begins with, int32 [num_slots] by layer, where not trivial."""
         self.num_stages = settings.num_stages
         self._run_dir = run_dir
-        self._leaders = [Leader(settings, stage, run_dir, launcher) for stage in range(settings.num_stages)]
+        self._leaders: list[Leader] = []
+        self._couriers: list[Courier] = []
+        for stage in range(settings.num_stages):
+            begin = None if maps is None else maps[stage]
+            if service is None:
+                self._leaders.append(Leader(settings, stage, run_dir, launcher, maps=begin))
+                continue
+            courier = Courier(f"stage_{stage}", service)
+            self._leaders.append(Leader(settings, stage, run_dir, launcher, maps=begin, push=courier.push))
+            self._couriers.append(courier)
         self._waiting: dict[int, tuple[float, Callable[[Parcel | Exception], None]]] = {}  # deadline, done; by ticket
         self._tickets = itertools.count()
         self._stop = threading.Event()
         self._watch = threading.Thread(target=self._watch_deadlines, name="deadlines", daemon=True)
 
     def start(self) -> None:
+        for courier, leader in zip(self._couriers, self._leaders, strict=False):
+            courier.start(leader.prepare)
         for leader in self._leaders:
             leader.start()
         self._watch.start()
@@ -38,6 +62,8 @@ class LocalStages:
         """Every post has been answered when this returns, and nothing is left."""
         for leader in self._leaders:
             leader.stop()
+        for courier in self._couriers:
+            courier.stop()
         self._stop.set()
         if self._watch.is_alive():
             self._watch.join()

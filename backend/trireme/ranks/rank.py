@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import zmq
 
 from trireme.core.control import Parcel, RankState
@@ -49,7 +51,10 @@ class Rank:
     def restarts(self) -> int:
         return max(0, self.life - 1)
 
-    def launch_if_due(self, context: zmq.Context, answers: AnswerSocket, now: float) -> None:
+    def launch_if_due(
+        self, context: zmq.Context, answers: AnswerSocket, now: float, map_version: int = 0, maps: Mapping[int, np.ndarray] | None = None
+    ) -> None:
+        """`maps`: of the stage's experts, int32 [num_slots] by layer."""
         if self._process is not None or self._state == "failed" or now < self._launch_at:
             return
         self.life += 1
@@ -66,6 +71,8 @@ class Rank:
                 leader=os.getpid(),
                 run_dir=str(self._run_dir),
                 settings=self._settings,
+                map_version=map_version,
+                maps={layer: map.astype(np.int16).tobytes() for layer, map in (maps or {}).items()},
             )
             self._process = self._launcher.launch(brief)
         except Refusal as refusal:

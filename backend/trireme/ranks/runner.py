@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 import torch
 
@@ -20,12 +21,14 @@ from trireme.parallel.context import Shared
 from trireme.parallel.deal import Deal
 from trireme.parallel.link import Link
 from trireme.parallel.rehearsal import rehearse
+from trireme.parallel.relocation import Unprepared
 from trireme.parallel.vocabulary import CutLogits
 from trireme.ranks.drafter import Drafter
 from trireme.ranks.fed import FedTokens
 from trireme.ranks.graphs import Graphs, buckets, why_none
 from trireme.ranks.logprobs import Prompts, Stretch
 from trireme.ranks.memory import Sizes, check_states, find_room, num_pages, num_snapshots
+from trireme.ranks.mixtures import Mixtures
 from trireme.ranks.rows import Rows, lay_out
 from trireme.ranks.sampler import Sampled, Sampler
 from trireme.ranks.staging import download, upload
@@ -69,6 +72,7 @@ class Runner:
         self._vocab_size, self._along_vocabulary = vocab_size, self.collectives.along("tp")
         self._prompts = Prompts()
         self._link: Link | None = None
+        self._mixtures = Mixtures(decoder, settings) if decoder.mixtures and decoder.build.plan.eplb else None
         self._fed = FedTokens(settings.max_num_seqs, settings.inflight, device)
         self._watch: Stopwatch | None = None  # of the last step
         self._graphs: Graphs | None = None
@@ -78,6 +82,8 @@ class Runner:
     def begin(self, link: Link) -> None:
         """A new epoch: nothing is known of any sequence. Caches need no wiping, since no page is read before it is written."""
         self._link, self._watch = link, None
+        if self._mixtures is not None:
+            self._mixtures.forget()
         self._fed.clear()
         self._sampler.clear()
         self._prompts.clear()
@@ -91,6 +97,22 @@ class Runner:
         self._fed.clear()
 
     @property
+    def map_version(self) -> int:
+        """Of the expert maps in force."""
+        return self._mixtures.version if self._mixtures is not None else 0
+
+    def prepare_maps(self, version: int, maps: Mapping[int, np.ndarray]) -> int:
+        """Lay new expert maps ready, in a thread of its own while steps go on. The bytes that came from other ranks."""
+        if self._mixtures is None:
+            raise Unprepared("the loads of this stage's experts are not balanced: settings have no eplb, or the stage has no experts")
+        return self._mixtures.prepare(version, maps)
+
+    def settle_maps(self, version: int) -> None:
+        """Before an epoch: have the maps that the whole stage has. MapLost where that cannot be."""
+        if self._mixtures is not None:
+            self._mixtures.settle(version)
+
+    @property
     def _joined(self) -> Link:
         """The epoch's link. Nobody else keeps it, so that `leave` drops it."""
         assert self._link is not None, "a step runs in an epoch"
@@ -100,6 +122,11 @@ class Runner:
     def run(self, step: Step, carried: np.ndarray | None, waited_s: float) -> Pending:
         """`carried`: rows that came with the call (tensor link). A GPU is still computing when this returns."""
         watch = self._watch = Stopwatch(self._device, waited_s, self._watch)
+        stamped = step.maps[self._stage] if step.maps else 0
+        if self._mixtures is not None and stamped not in (0, self._mixtures.version):
+            with watch.stalling():
+                self._mixtures.commit(stamped)
+        version = self.map_version
         rows = self._read(step)
         deal = Deal(self._decoder.build.plan, self._decoder.build.rank, rows.counts, step.regime, self._device)
         with watch.receiving():
@@ -114,7 +141,7 @@ class Runner:
             head_rows = np.concatenate([rows.sampled, *(stretch.rows for stretch in stretches)])
             batch = self._batch(rows, deal, head_rows, self._plan_attention(rows, deal))
             computed = self._decoder.forward(batch, deal, received)
-        carries, read = None, Outcome
+        carries, read, report = None, Outcome, None
         if self._is_last:
             logits = CutLogits(computed.rows, self._vocab_size, self._along_vocabulary)
             sampled = self._sample(step, rows, logits) if len(rows.sampled) else None
@@ -123,11 +150,17 @@ class Runner:
         else:
             carries = self._joined.send(computed.rows)
         self._states.save(step.saves)
+        if self._mixtures is not None and step.counts_loads:
+            report = self._mixtures.report(eager=batch is not None)
         watch.stop()
 
         def finish() -> tuple[Answer, np.ndarray | None]:
             watch.wait()
-            return read(step.epoch, step.number, self._stage, clock=watch.clock()), carries
+            outcome = read(step.epoch, step.number, self._stage, clock=watch.clock())
+            loads = report() if report is not None else b""
+            if loads or version or watch.stalled_s():
+                outcome = msgspec.structs.replace(outcome, loads=loads, map_ready=version, stalled_s=watch.stalled_s())
+            return outcome, carries
 
         return Pending(self._device.type != "cpu", finish)
 

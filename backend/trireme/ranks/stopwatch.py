@@ -21,8 +21,16 @@ class Stopwatch:
     def __init__(self, device: torch.device, waited_s: float, before: Stopwatch | None):
         self._on_gpu, self._waited_s, self._before = device.type != "cpu", waited_s, before
         self._marks: list[Any] = []  # torch.cuda.Event, or seconds of a host
+        self._stall: list[Any] = []
         self._began = time.time()
         self._mark()
+
+    @contextmanager
+    def stalling(self) -> Iterator[None]:
+        """Around what a step has to wait for before it is computed."""
+        self._stall.append(self._now())
+        yield
+        self._stall.append(self._now())
 
     @contextmanager
     def receiving(self) -> Iterator[None]:
@@ -48,16 +56,23 @@ class Stopwatch:
         began = time.time() - receiving_s - busy_s if self._on_gpu else self._began
         return Clock(began, waited_s, receiving_s, busy_s)
 
+    def stalled_s(self) -> float:
+        """After `wait`."""
+        return _seconds(*self._stall) if self._stall else 0.0
+
     def gap_s(self, after: Stopwatch) -> float:
         """Seconds in which nothing of this step or the next was under way."""
         return _seconds(self._marks[-1], after._marks[0]) if self._on_gpu else after._waited_s
 
     def _mark(self) -> None:
+        self._marks.append(self._now())
+
+    def _now(self) -> Any:
         if not self._on_gpu:
-            self._marks.append(time.perf_counter())
-            return
-        self._marks.append(torch.cuda.Event(enable_timing=True, blocking=True))
-        self._marks[-1].record()
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True, blocking=True)
+        event.record()
+        return event
 
 
 def _seconds(one: Any, other: Any) -> float:

@@ -20,6 +20,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import msgspec
+import numpy as np
 
 from trireme.core.refusal import Refusal
 from trireme.ranks.channel import Beat, Left, RankChannel
@@ -69,8 +70,13 @@ def serve(brief: Brief, channel: RankChannel, heart: Heart) -> None:
     from trireme.ranks.load import load_runner
 
     heart.tell(Beat("loading", "is loading"))
+    maps = {layer: np.frombuffer(map, np.int16).astype(np.int32) for layer, map in brief.maps.items()}
+
+    def progress(sentence: str) -> None:
+        heart.tell(Beat("loading", sentence))
+
     try:
-        runner = load_runner(brief.settings, brief.stage, brief.rank, progress=lambda sentence: heart.tell(Beat("loading", sentence)))
+        runner = load_runner(brief.settings, brief.stage, brief.rank, progress, maps, brief.map_version)
     except Refusal as refusal:
         heart.tell(Beat("failed", str(refusal)))
         while True:
