@@ -61,8 +61,9 @@ class Placement:
         return self._table[experts, numbers % self._table[:, -1][experts]]
 
     def table(self, map: np.ndarray) -> torch.Tensor:
-        """What this rank reads of a map, on the host (to be ready before it is put in force): int64 [E, most copies + 1], the slots
-        that it chooses among and, in the last column, how many they are. Its size is that of the map with most copies of one."""
+        """What this rank reads of a map, on the host, where it can be ready before the map is in force: int64 [E, most copies + 1], the
+        slots that it chooses among and, in the last column, how many they are. All redundant slots may be of one expert, so there
+        is room for that, and the size never changes."""
         every = slots_of(map, self.num_experts)
         if self._choice == "static":
             table = np.stack([static_slots(every, self.slots_per_rank, self._num_ranks, self._place), np.ones(self.num_experts, int)], 1)
