@@ -7,8 +7,11 @@ import queue
 import threading
 from collections.abc import Callable
 
+import msgspec
+
 from trireme.core.control import Offer, Push
 from trireme.core.log import logger
+from trireme.core.step import array, ints
 
 _STOP_S = 5.0  # for a question that is on its way
 
@@ -36,9 +39,20 @@ class Courier:
         if self._thread is not None:
             self._thread.join(_STOP_S)
 
+    def _take(self) -> Push | None:
+        """All pushes that wait, as one: a slow service gets them less often and a dead one leaves none behind. None: the end."""
+        push = self._pushes.get()
+        while push is not None and not self._pushes.empty():
+            then = self._pushes.get()
+            if then is None:
+                self._pushes.put(None)
+                break
+            push = together(push, then)
+        return push
+
     def _run(self, deliver: Callable[[Offer], None]) -> None:
         answers = True  # whether the service did when it was last asked
-        while (push := self._pushes.get()) is not None:
+        while (push := self._take()) is not None:
             try:
                 offer = self._ask(push)
             except Exception as error:
@@ -49,3 +63,15 @@ class Courier:
             answers = True
             if offer.version:
                 deliver(offer)
+
+
+def together(first: Push, then: Push) -> Push:
+    """Two pushes of a stage as one, which is of the maps that the stage had last."""
+    return msgspec.structs.replace(
+        then,
+        loads=ints(array(first.loads) + array(then.loads)),
+        num_steps=first.num_steps + then.num_steps,
+        moved_bytes=first.moved_bytes + then.moved_bytes,
+        stalled_s=first.stalled_s + then.stalled_s,
+        fault=then.fault or first.fault,
+    )

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-import triton_python_backend_utils as pb_utils  # pyright: ignore[reportMissingImports]  # only inside the server
-
-from trireme.core.control import Parcel
-from trireme.core.settings import read_settings
+from trireme.core.control import Offer, Parcel, Push, open_offer, pack_push
+from trireme.core.settings import Settings, read_settings
+from trireme.models.spec import read_spec
+from trireme.ranks.courier import Courier
 from trireme.ranks.leader import Leader
+from trireme.serve.balancing import first_maps
+from trireme.serve.bls import BlsCalls
 from trireme.serve.checks import check_checkpoint, check_devices, check_instance
+from trireme.serve.exchange import answer_to, ask, asked
 from trireme.serve.place import leave, model_json, run_dir
+from trireme.serve.repository import EPLB, stage_name
+
+_SETTLE_S = 2.0  # before the first call: see serve/front
+_PUSH_S = 20.0  # `eplb` may be placing the experts of many layers for another stage
 
 
 class Stage:
@@ -25,28 +32,47 @@ class Stage:
         check_devices(settings)
         stage = int(config["parameters"]["stage"]["string_value"])
         self._run_dir = run_dir()
-        self._leader = Leader(settings, stage, self._run_dir)
+        self._service = None if settings.eplb is None else _Service(stage)
+        push = None if self._service is None else self._service.courier.push
+        self._leader = Leader(settings, stage, self._run_dir, maps=_first_maps(settings, stage), push=push)
+        if self._service is not None:
+            self._service.start(self._leader)
         self._leader.start()
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
-            message = pb_utils.get_input_tensor_by_name(request, "MESSAGE").as_numpy().tobytes()
-            rows = pb_utils.get_input_tensor_by_name(request, "ROWS")
-            self._leader.post(Parcel(message, None if rows is None else rows.as_numpy()), _answer(request))
+            parcel = asked(request)
+            assert parcel is not None, "the server refuses a request without it"
+            self._leader.post(parcel, answer_to(request))
 
     def finalize(self) -> None:
+        if self._service is not None:
+            self._service.stop()  # first of all: see serve/front
         self._leader.stop()
         leave(self._run_dir)
 
 
-def _answer(request: Any) -> Callable[[Parcel], None]:
-    """Sends one parcel back. It holds the request, whose memory the rows may still lie in."""
-    sender = request.get_response_sender()
+class _Service:
+    """The model `eplb`, as a stage's courier reaches it. While it is dead or away, its calls fail and serving goes on."""
 
-    def send(parcel: Parcel, request: Any = request) -> None:
-        tensors = [pb_utils.Tensor("MESSAGE", np.frombuffer(parcel.packed, dtype=np.uint8))]
-        if parcel.rows is not None:
-            tensors.append(pb_utils.Tensor("ROWS", parcel.rows))
-        sender.send(pb_utils.InferenceResponse(tensors), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+    def __init__(self, stage: int):
+        self.courier = Courier(stage_name(stage), self._push)
+        self._calls = BlsCalls([EPLB], ask, num_threads=1)
+        self._begins_at = time.monotonic() + _SETTLE_S
 
-    return send
+    def start(self, leader: Leader) -> None:
+        self._calls.start()
+        self.courier.start(leader.prepare)
+
+    def stop(self) -> None:
+        self._calls.stop()
+        self.courier.stop()
+
+    def _push(self, push: Push) -> Offer:
+        time.sleep(max(0.0, self._begins_at - time.monotonic()))
+        return open_offer(self._calls.ask(0, Parcel(pack_push(push)), _PUSH_S).packed)
+
+
+def _first_maps(settings: Settings, stage: int) -> Any:
+    """Of the stage's experts, for its leader."""
+    return None if settings.eplb is None else first_maps(settings, read_spec(Path(settings.model)))[stage]
