@@ -19,6 +19,7 @@ from trireme.engine.engine import Engine
 from trireme.models.spec import read_spec
 from trireme.ranks.launch import Launcher
 from trireme.ranks.local import LocalStages
+from trireme.serve.balancing import Balancing, first_maps
 from trireme.serve.place import run_folder
 from trireme_tools.load import Record
 from trireme_tools.workload import Ask, make_workload
@@ -31,7 +32,9 @@ def running(settings: Settings, launcher: Launcher | None = None) -> Iterator[En
     spec = read_spec(Path(settings.model))
     max_model_len = settings.max_model_len or spec.max_position_embeddings
     num_drafts = settings.mtp.num_drafts(spec.num_mtp_layers)
-    stages = LocalStages(settings, run_folder(os.getpid()), launcher)
+    balancing = Balancing(settings) if settings.eplb is not None else None
+    service, maps = (balancing.push, first_maps(settings, spec)) if balancing is not None else (None, None)
+    stages = LocalStages(settings, run_folder(os.getpid()), launcher, service=service, maps=maps)
     engine = Engine(settings, max_model_len=max_model_len, stages=stages, num_drafts=num_drafts)
     stages.start()
     engine.start()
@@ -42,6 +45,8 @@ def running(settings: Settings, launcher: Launcher | None = None) -> Iterator[En
     finally:
         engine.stop()
         stages.stop()
+        if balancing is not None:
+            balancing.save()
 
 
 def generate(settings: Settings, requests: Sequence[Request]) -> list[list[int]]:
