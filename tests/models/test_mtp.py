@@ -17,10 +17,11 @@ from threads import on_every_rank
 from tiny import HYBRID_FAMILIES, fuse_experts, random_prompts, tiny_checkpoint
 from trireme.core.refusal import Refusal
 from trireme.core.step import Regime
+from trireme.models.cost import rank_param_bytes
 from trireme.models.schedule import schedule_of
 from trireme.models.spec import read_spec
 from trireme.parallel.plan import Plan
-from trireme.weights.load import load
+from trireme.weights.load import fill_dummy, load
 
 SIZES = {"num_attention_heads": 12, "num_key_value_heads": 2, "num_hidden_layers": 4, "moe_intermediate_size": 24}
 PLANS = {
@@ -128,6 +129,21 @@ def test_a_head_with_experts_in_one_tensor_is_the_same(checkpoints, tmp_path):
         chained.forward({0: prompt[:-1]})
         found.append(head_logits(chained, prompt[1:]))
     assert torch.equal(*found)
+
+
+def test_the_head_has_experts_where_the_last_layer_has(tmp_path):
+    """Bytes are those that the cost model says, also where layers before it have experts."""
+    checkpoint, plan = tiny_checkpoint(tmp_path, "qwen3_next", num_hidden_layers=4, mlp_only_layers=[3]), Plan(layer_cut=(4,), mtp=1)
+    assert load(build_decoder(checkpoint, plan, 0), checkpoint).param_bytes == rank_param_bytes(read_spec(checkpoint), plan, 0, 0, 4)
+
+
+def test_dummy_heads_embed_as_the_model_does(checkpoints):
+    """Also on a stage that has the embedding for the head alone: how many drafts stand must not depend on the cut."""
+    decoders = [build_decoder(checkpoints["qwen3_5"], PLANS["pp2"][0], stage) for stage in (0, 1)]
+    for decoder in decoders:
+        fill_dummy(decoder)
+    first, last = (dict(decoder.params()) for decoder in decoders)
+    assert torch.equal(first["embed.weight"], last["mtp.embed.weight"])
 
 
 def test_a_tensor_that_the_head_does_not_know_is_refused(checkpoints, tmp_path):

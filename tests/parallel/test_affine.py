@@ -52,11 +52,12 @@ def drawn(counts: list[int], seed: int = 1) -> tuple[Rows, Carried]:
     return rows, Carried(torch.randn(num_items, KERNEL - 1, CHANNELS, generator=draw), states)
 
 
-def mixed(rows: Rows, before: torch.Tensor, counts: np.ndarray) -> tuple[torch.Tensor, ...]:
+def mixed(rows: Rows, before: torch.Tensor, counts: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Queries, keys and values behind the convolution, [N, H, D] each."""
     conv = OPS("causal_conv", channels=CHANNELS)
     heads = conv.run(rows.qkv, before, WEIGHT, conv.plan(counts)).unflatten(1, (HEADS, 2 * KEY_DIM + VALUE_DIM))
-    return heads.split([KEY_DIM, KEY_DIM, VALUE_DIM], dim=-1)
+    q, k, v = heads.split([KEY_DIM, KEY_DIM, VALUE_DIM], dim=-1)
+    return q, k, v
 
 
 def ruled(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: Rows, initial: torch.Tensor, counts: np.ndarray):
@@ -83,7 +84,7 @@ def along_cp(rows: Rows, begin: Carried, counts: np.ndarray, cp: int) -> tuple[t
 
     def run(rank: int) -> tuple[torch.Tensor, Carried]:
         scan, mine = scans[rank], rows.of(rows_of(zigzag(counts, cp, rank), counts))
-        pieces = scan.plan(counts, KERNEL - 1, torch.device("cpu"))
+        pieces = scan.plan(counts, KERNEL - 1, torch.from_numpy)
         lefts, inputs = scan.halo(mine.qkv, begin.inputs, pieces)
         q, k, v = mixed(mine, lefts, pieces.counts)
         nothing = nothing_done(len(pieces.counts), HEADS, KEY_DIM, VALUE_DIM, torch.device("cpu"))

@@ -180,7 +180,7 @@ class CutChunks:
         self._conv, self._wide, self._scan, self._keeps, self._device = conv, wide, scan, keeps, device
 
     def plan(self, counts: np.ndarray) -> _CutPlan:
-        keeps, pieces = self._keeps, self._scan.plan(counts, self._keeps.window, self._device)
+        keeps, pieces = self._keeps, self._scan.plan(counts, self._keeps.window, partial(upload, device=self._device))
         nothing = nothing_done(len(pieces.counts), keeps.num_heads, keeps.key_dim, keeps.value_dim, self._device)
         return _CutPlan(pieces, self._conv.plan(pieces.counts), self._wide.plan(pieces.counts), nothing)
 

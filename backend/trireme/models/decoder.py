@@ -16,6 +16,7 @@ from trireme.layers.block import Block, Build, PerRequest, PerToken
 from trireme.layers.delta import GatedDeltaNet
 from trireme.layers.embed import Embed, Head
 from trireme.layers.linear import Linear
+from trireme.layers.mlp import GatedMlp
 from trireme.layers.moe import Moe
 from trireme.layers.names import Names, table
 from trireme.layers.param import Param
@@ -63,10 +64,12 @@ SHARED_EXPERT_NAMES = table("""
   model.layers.{i}.mlp.shared_expert_gate           -> layers.{i}.mlp.shared.gate
 """)
 
-# Gated delta layers, and attention with a gate between them. How the projections of the former lie is the family's to say.
+# Of `hybrid_blocks`. How the projections of delta layers lie is the family's to say.
 HYBRID_NAMES = (
     _SHARED_NAMES
     + QK_NORM_NAMES
+    + EXPERT_NAMES
+    + SHARED_EXPERT_NAMES
     + table("""
   model.layers.{i}.self_attn.q_proj           -> layers.{i}.attn.qkv          join q gate k v   holds q gate   interleaved
   model.layers.{i}.self_attn.{k,v}_proj       -> layers.{i}.attn.qkv          join q gate k v
@@ -81,6 +84,17 @@ HYBRID_NAMES = (
 )
 
 LayerBlocks = Callable[[Build, int], list[Block]]
+
+
+def hybrid_blocks(build: Build, layer: int) -> list[Block]:
+    """Gated delta layers, and attention with a gate between them; experts or a dense MLP."""
+    spec = build.spec
+    return [
+        GatedDeltaNet(build, layer)
+        if spec.linear[layer]
+        else Attention(build, layer, qkv_bias=spec.qkv_bias, o_bias=spec.o_bias, qk_norm=True, gated=True),
+        Moe(build, layer) if spec.sparse[layer] else GatedMlp(build, layer),
+    ]
 
 
 class Computed(NamedTuple):

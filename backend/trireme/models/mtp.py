@@ -66,7 +66,7 @@ class MtpHead(nn.Module):
         self.embed = embed or Embed(build, "mtp.embed", tied=head.proj.weight if spec.tie_word_embeddings else None)
         self.join = Join(build)
         self.attention = Attention(build, 0, qkv_bias=spec.qkv_bias, o_bias=spec.o_bias, qk_norm=spec.qk_norm, gated=spec.gated_attention)
-        self.mlp = Moe(build, 0) if spec.num_experts else GatedMlp(build, 0)
+        self.mlp = Moe(build, 0) if spec.sparse[-1] else GatedMlp(build, 0)  # as the last layer
         self.out = Out(build)
         for block in (self.attention, self.mlp):
             block.name = f"mtp.{block.name}"

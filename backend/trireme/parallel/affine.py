@@ -11,6 +11,7 @@ The op gives both at once where it begins with U = 0 and M = the identity.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,8 +39,9 @@ class Scan:
     def __init__(self, along: Along):
         self._along = along
 
-    def plan(self, counts: np.ndarray, window: int, device: torch.device) -> Pieces:
-        """counts: int [I], whole items; window: the rows that a convolution sees before a row (K - 1). Made once a step."""
+    def plan(self, counts: np.ndarray, window: int, upload: Callable[[np.ndarray], torch.Tensor]) -> Pieces:
+        """counts: int [I], whole items; window: the rows that a convolution sees before a row (K - 1); upload: to the device,
+        without waiting for it. Made once a step."""
         num_ranks, place = self._along.size, self._along.place
         edges, mine = bounds(counts, num_ranks), [place, 2 * num_ranks - 1 - place]
         rows = np.diff(edges)[:, mine].reshape(-1)
@@ -48,8 +50,8 @@ class Scan:
         ends = np.cumsum(rows)[:, None] - window + np.arange(window)  # the last rows of each chunk, if it has so many
         own = ends >= (np.cumsum(rows) - rows)[:, None]
         tails = ends[own], np.flatnonzero(own)
-        indexes = [torch.from_numpy(each.reshape(-1)).to(device) for each in (*tails, seen[:, mine], seen[:, -1])]
-        return Pieces(rows.astype(np.int32), (indexes[0], indexes[1]), indexes[2], indexes[3])
+        took, put, lefts, last = (upload(each.reshape(-1)) for each in (*tails, seen[:, mine], seen[:, -1]))
+        return Pieces(rows.astype(np.int32), (took, put), lefts, last)
 
     def halo(self, rows: torch.Tensor, before: torch.Tensor, pieces: Pieces) -> tuple[torch.Tensor, torch.Tensor]:
         """rows [N, C], a convolution's inputs in this rank's chunks; before [I, K - 1, C] each item's first row -> (the inputs

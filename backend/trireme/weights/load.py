@@ -105,4 +105,5 @@ def fill_dummy(decoder: Decoder, seed: int = 0) -> Manifest:
 
 
 def _origin(decoder: Decoder, name: str) -> str:
-    return "embed.weight" if decoder.tied and name == "head.proj.weight" else name
+    """The parameter that a checkpoint fills with the same tensor, of the first stage that has it."""
+    return "embed.weight" if name == "mtp.embed.weight" or (decoder.tied and name == "head.proj.weight") else name

@@ -14,6 +14,7 @@ from trireme_kernels.delta_step.op import DeltaStep
 from trireme_kernels.gated_delta.gates import gates
 from trireme_kernels.gated_delta.rectangle import Rectangle
 from trireme_kernels.gated_delta.reference import recur
+from trireme_kernels.upload import upload
 
 
 def fits(case: Case) -> str | None:
@@ -56,7 +57,7 @@ class Reference:
         return _Plan(Rectangle(counts, self.device), self._tensor(counts), self._tensor(replays), int(replays.max(initial=0)), aside)
 
     def _tensor(self, values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values.astype(np.int64)).to(self.device)
+        return upload(values.astype(np.int64), self.device)
 
     def run(
         self,

@@ -97,7 +97,7 @@ class Chunked:
         for chunks, items in plan.turns:
             state = final.index_select(0, items)
             learnt = u.index_select(0, chunks) - w.index_select(0, chunks) @ state
-            out[chunks] = q.index_select(0, chunks) @ state + scores.index_select(0, chunks) @ learnt
+            out.index_copy_(0, chunks, q.index_select(0, chunks) @ state + scores.index_select(0, chunks) @ learnt)
             state = state * all_decay.index_select(0, chunks) + k.index_select(0, chunks).transpose(-1, -2) @ learnt
             final.index_copy_(0, items, state)
         return plan.chunks.flat(out.transpose(1, 2).to(dtype)), final
