@@ -61,11 +61,12 @@ class Front:
         self.epoch += 1
         assert self.ask(Join(self.epoch)) == Joined(self.epoch)
 
-    def steps(self, *firsts: int) -> list[bytes]:
-        """Sealed steps 0, 1, ... of this epoch, one row each."""
+    def steps(self, *firsts: int, **also) -> list[bytes]:
+        """Sealed steps 0, 1, ... of this epoch, one row each. `also`: by field, what else each says."""
         sealed, checksum = [], first_checksum(self.epoch)
         for number, first in enumerate(firsts):
-            step = Step(self.epoch, number, ints([0]), ints([number]), ints([1]), ints([1]), ints([first]))
+            fields = {name: values[number] for name, values in also.items()}
+            step = Step(self.epoch, number, ints([0]), ints([number]), ints([1]), ints([1]), ints([first]), **fields)
             packed, checksum = pack_step(step, checksum)
             sealed.append(seal_step(packed))
         return sealed
@@ -90,8 +91,9 @@ def lead(fake_ranks, pool, run_dir):  # its leaders are stopped before the pool 
     """lead(**settings) -> a Front at a started leader of fake ranks."""
     fronts: list[Front] = []
 
-    def start(model: str = "echo", stage: int = 0, launcher: Launcher | None = None, **settings) -> Front:
-        leader = Leader(make_settings({"model": model, **settings}), stage, run_dir, launcher or LocalLauncher(fake_ranks))
+    def start(model: str = "echo", stage: int = 0, launcher: Launcher | None = None, push=None, maps=None, **settings) -> Front:
+        made = make_settings({"model": model, **settings})
+        leader = Leader(made, stage, run_dir, launcher or LocalLauncher(fake_ranks), push=push, maps=maps)
         leader.start()
         fronts.append(Front(leader))
         return fronts[-1]

@@ -5,13 +5,14 @@ import signal
 import sys
 import time
 
-from trireme.core.control import Fault, Found, Founded, Join, Joined, Parcel, open_message, pack_answer
-from trireme.core.step import Outcome, array, peek_step
+from trireme.core.control import Fault, Found, Founded, Join, Joined, Parcel, Prepare, Prepared, open_message, pack_answer
+from trireme.core.step import Outcome, array, ints, peek_step
 from trireme.ranks.channel import BREAK, Beat, RankChannel
 from trireme.ranks.launch import Brief
 from trireme.ranks.worker import Heart, main
 
 FAIL, EXIT, HANG, FREEZE, CARRY = 90001, 90002, 90003, 90004, 90005
+SPOILT, STUCK = 13, 14  # layers of which rank 1 prepares no map, and no rank answers
 
 
 def serve(brief: Brief, channel: RankChannel, heart: Heart) -> None:
@@ -22,7 +23,7 @@ def serve(brief: Brief, channel: RankChannel, heart: Heart) -> None:
         while True:
             channel.receive()
     heart.tell(Beat("ready", num_pages=11 + brief.rank, num_snapshots=None if brief.stage else 7 - brief.rank))
-    broken = 0
+    broken, version, staged = 0, brief.map_version, 0
     while True:
         ticket, parcel = channel.receive()
         if ticket == BREAK:
@@ -32,11 +33,26 @@ def serve(brief: Brief, channel: RankChannel, heart: Heart) -> None:
         if isinstance(message, Found):
             answer = Founded(message.epoch, f"broken:{broken}")
         elif isinstance(message, Join):
-            answer = Joined(message.epoch)
+            lost = message.map_version not in (version, staged)
+            version, staged = message.map_version, 0
+            answer = Fault("rank", "maps are lost") if lost else Joined(message.epoch, version)
+        elif isinstance(message, Prepare):
+            if STUCK in message.maps:
+                continue
+            staged, answer = message.version, Prepared(message.epoch, message.version, 100 + brief.rank)
+            if SPOILT in message.maps and brief.rank:
+                answer = Fault("map", "expert 3 of layer 13 came spoilt", brief.stage, message.epoch)
         else:
+            assert isinstance(message, memoryview), "a leader answers the rest itself"
             step = peek_step(bytes(message))
             first = array(step.tokens)[0]
-            answer = Outcome(step.epoch, step.number, brief.stage, tokens=step.tokens)
+            if first == EXIT and brief.rank == 0:
+                time.sleep(0.2)  # it has seen the step, and the others have gone on
+            stalled_s = 0.0
+            if step.maps and step.maps[brief.stage] == staged > 0:
+                version, staged, stalled_s = staged, 0, 0.5
+            loads = ints([1 + brief.rank, 2]) if step.counts_loads else b""
+            answer = Outcome(step.epoch, step.number, brief.stage, step.tokens, loads=loads, map_ready=version, stalled_s=stalled_s)
             if first == FAIL:
                 answer = Fault("rank", "the rank could not", brief.stage, step.epoch, step.number)
             elif first == EXIT:

@@ -71,8 +71,6 @@ class Records:
             self._spans.append((start, start + num_bytes))
             start += -(-num_bytes // _ALIGN) * _ALIGN
         self._body, self.size = start, start + _SEAL
-        numbers = torch.arange(self._body // 8, dtype=torch.int64, device=self.params[0].device)
-        self._weights = 2 * numbers + 1  # odd, so that a word that differs changes the sum, and so do two that changed places
 
     def write(self, row: int, canary: int, record: torch.Tensor) -> None:
         """An expert of the params as a record: uint8 [size]."""
@@ -94,7 +92,9 @@ class Records:
             param.index_copy_(0, rows, experts)
 
     def _checksum(self, record: torch.Tensor) -> torch.Tensor:
-        return (record[: self._body].view(torch.int64) * self._weights).sum()
+        """Its words, weighed by odd numbers: a word that differs changes the sum, and so do two that changed places."""
+        words = record[: self._body].view(torch.int64)
+        return (words * torch.arange(1, 2 * len(words), 2, device=record.device)).sum()
 
 
 class _Layer(NamedTuple):
@@ -135,6 +135,11 @@ class Relocation:
         # taken once, so that it is counted when a rank measures its memory
         self._buffer = torch.zeros(min(most_layers, len(mixtures)) * slots, size, dtype=torch.uint8, device=self._device)
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+
+    @property
+    def passing_bytes(self) -> int:
+        """What `prepare` takes on its way, beside the buffer: a chunk that is sent to all, one that came, and a checksum's numbers."""
+        return (_CHUNK * self._along.size + 3) * self._buffer.shape[1]
 
     @property
     def staged(self) -> int:

@@ -25,7 +25,7 @@ class Mixtures:
     def __init__(self, decoder: Decoder, settings: Settings):
         build = decoder.build
         assert settings.eplb is not None, "the plan says so"
-        self._layers = decoder.mixtures
+        self._layers, self._device = decoder.mixtures, build.device
         self._alike = build.collectives.along(self._layers[0].strategy.owes)  # ranks that must choose the same copies
         self._relocation: Relocation | None = None
         if build.plan.ep > 1:  # else there is nowhere to go
@@ -40,6 +40,11 @@ class Mixtures:
     def version(self) -> int:
         """Of the maps in force."""
         return self._relocation.version if self._relocation is not None else 0
+
+    def passing(self) -> torch.Tensor:
+        """As much memory as `prepare` takes beside a step."""
+        num_bytes = self._relocation.passing_bytes if self._relocation is not None else 0
+        return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
 
     def prepare(self, version: int, maps: Mapping[int, np.ndarray]) -> int:
         """See Relocation.prepare."""

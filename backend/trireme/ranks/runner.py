@@ -291,10 +291,12 @@ class Runner:
         self._allocate(1, 0)
 
         def largest() -> None:
+            passing = self._mixtures.passing() if self._mixtures is not None else None  # maps may be prepared beside it
             self._try(_spread(most_rows, most_items))
             if self._num_held:
                 num_drafting = min(most_items, settings.mtp.max_batch_size, most_rows // self._num_held)
                 self._try(np.full(max(1, num_drafting), self._num_held, np.int32), hold=True)
+            del passing
 
         progress("is measuring its memory")
         rehearse(self.collectives)
