@@ -148,6 +148,18 @@ def test_inter_token_times_are_of_tokens():
     assert len(times) == 39 and sum(times) == pytest.approx(len(driver.emissions["a", 0]) - 1)
 
 
+def test_tokens_behind_a_stop_have_no_time():
+    plain = Driver(limits())
+    plain.add(request("a", 20, max_tokens=40))
+    plain.rush()
+    tokens = plain.output("a")
+    for stop in tokens[4:20]:
+        driver = Driver(limits(num_drafts=4, adaptive_drafts=False))
+        driver.add(request("a", 20, max_tokens=40, stop_token_ids=(stop,)))
+        driver.rush()
+        assert len(driver.scheduler.stats.observed.inter_token) == max(0, len(driver.output("a")) - 1)
+
+
 def test_drafts_with_prompts_in_turn_under_cp():
     driver = Driver(limits(cp=2, num_drafts=3, num_snapshots=8, max_model_len=200, num_pages=64))
     for i in range(6):

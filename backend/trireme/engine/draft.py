@@ -1,6 +1,14 @@
-"""DraftLength: how many tokens to draft, by how many were accepted lately. Drafts themselves are made by the last stage."""
+"""Drafts of the running sequences, from being asked for to what becomes of them, and how many to ask for. They are made by the last
+stage."""
 
 from __future__ import annotations
+
+import numpy as np
+
+from trireme.core.step import PAGE, accepted, array
+from trireme.engine.sheet import Flight
+from trireme.engine.slots import Slots
+from trireme.engine.stats import Stats
 
 # What a draft adds to a step, as a part of it: one pass of the head (a layer and the output projection) and one row more to verify.
 # Where reading weights takes the time, that is 0.06 for a dense 27B of 64 layers, and 0.2 for a 35B with 3B active parameters, whose
@@ -41,3 +49,62 @@ class DraftLength:
             tokens += stands
             worth.append(tokens / (1 + _COST * num_drafts))
         return 1 + worth.index(max(worth))
+
+
+class Drafts:
+    """Their numbers stand in Slots.
+
+    ask --a step makes them--> verify takes them --keep what has a place--> rows of the next step --verify--> tokens, rows to replay
+    """
+
+    def __init__(self, slots: Slots, length: DraftLength, stats: Stats):
+        self._slots, self._length, self._stats = slots, length, stats
+
+    def ask(self, sampled: np.ndarray, number: int) -> int:
+        """How many step `number` shall make for each item that samples, of these slots. Those that may verify one next wait for them."""
+        slots = self._slots
+        drafting = sampled[slots.drafting[sampled] & (slots.length[sampled] + 1 < slots.limit[sampled])]
+        slots.awaits[drafting] = number
+        return self._length.ask() if len(drafting) else 0
+
+    def keep(self, chosen: np.ndarray, room: int, num_free: int) -> None:
+        """Of these slots' drafts only those that have a place: in `room` rows, before the limit, and in pages, `num_free` new ones."""
+        slots = self._slots
+        wanted = np.minimum(slots.num_drafts[chosen], slots.limit[chosen] - slots.length[chosen] - 1)
+        wanted = np.clip(room - (np.cumsum(wanted) - wanted), 0, wanted)
+        held = slots.held[chosen] * PAGE - slots.planned[chosen] - 1  # places for drafts in its pages; -1: it needs one anyhow
+        if np.count_nonzero(wanted > held) > num_free:
+            wanted = np.where(held < 0, wanted, np.minimum(wanted, held))
+        slots.num_drafts[chosen] = wanted
+
+    def rows(self, chosen: np.ndarray, tokens: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(rows, rows to replay, of each slot; all rows' tokens) of step `number`: a slot's drafts come behind its token, and all are
+        verified."""
+        slots = self._slots
+        num_drafts, replays = slots.num_drafts[chosen], slots.replays[chosen]
+        rows = np.column_stack((tokens, slots.drafts[chosen]))
+        slots.replays[chosen] = 0
+        slots.awaits[chosen[num_drafts > 0]] = number
+        return 1 + num_drafts, replays, rows[np.arange(rows.shape[1]) <= num_drafts[:, None]]
+
+    def verify(self, flight: Flight, sampled: np.ndarray, drafts: bytes) -> list[int]:
+        """How many of each item's sampled tokens are its sequence's: drafts that stood, and one more. Slots take them, and `drafts`
+        for what comes next; so many more of the flight's tokens are computed."""
+        slots, at = self._slots, 0
+        stands, coming = [], iter(array(drafts).reshape(len(flight.sampled), flight.drafts))
+        for item, (sequence, samples) in enumerate(zip(flight.sequences, flight.samples, strict=True)):
+            slot, num_drafts, num_accepted = sequence.slot, samples - 1, 0
+            if num_drafts > 0:
+                num_accepted = accepted(slots.drafts[slot, :num_drafts], sampled[at : at + samples])
+                slots.replays[slot] = 1 + num_accepted
+                flight.ends[item] += num_accepted
+                self._length.learn(num_drafts, num_accepted)
+                self._stats.verified(num_drafts, num_accepted)
+            if samples:
+                slots.advance(slot, 1 + num_accepted, sampled[at + num_accepted])
+                new = next(coming)
+                if slots.awaits[slot] == flight.number:
+                    slots.num_drafts[slot], slots.drafts[slot, : flight.drafts] = flight.drafts, new
+            stands.append(1 + num_accepted if samples else 0)
+            at += samples
+        return stands

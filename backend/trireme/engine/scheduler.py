@@ -21,8 +21,8 @@ import numpy as np
 from trireme.core.refusal import Refusal
 from trireme.core.request import Emission, Logprobs, Request
 from trireme.core.settings import Limits
-from trireme.core.step import FED, PAGE, Open, Outcome, Step, accepted, array, ints
-from trireme.engine.draft import DraftLength
+from trireme.core.step import FED, PAGE, Open, Outcome, Step, array, ints
+from trireme.engine.draft import DraftLength, Drafts
 from trireme.engine.pages import Pages
 from trireme.engine.prefix import extend_names, find_prefix
 from trireme.engine.prompts import Prompts
@@ -70,6 +70,7 @@ class Scheduler:
         self._snapshots = Snapshots(self.limits.num_snapshots or 0)
         self._saves = self._reuses and bool(self.limits.num_snapshots)  # whether states are kept at the ends of chunks
         self._slots = Slots(self.limits.max_num_seqs, self.limits.num_drafts)
+        self._drafts = Drafts(self._slots, self._draft_length, self.stats) if self.limits.num_drafts else None
         self._running: dict[int, Sequence] = {}  # by slot: RUNNING, LEAVING, or DONE and not yet parted
         self._prompts = Prompts(self._slots)
         self._prompt_rows_in_flight = 0
@@ -212,16 +213,16 @@ class Scheduler:
         if not mixes and not self._prefilled:
             plans.reverse()  # in turn, so that neither starves
         for plan in plans:
-            if mixes or not sheet.slots:
+            if mixes or not sheet.sequences:
                 plan(sheet)
-        if not sheet.slots:
+        if not sheet.sequences:
             self._plan_decodes(sheet, ahead=True)
-        if not sheet.slots:
+        if not sheet.sequences:
             return None
         self._look_ahead(sheet)
-        self._flights.append(sheet.flight)
-        self._prompt_rows_in_flight += sheet.flight.prompt_rows
-        self._prefilled = sheet.flight.prompt_rows > 0
+        self._flights.append(sheet.flight())
+        self._prompt_rows_in_flight += sheet.prompt_rows
+        self._prefilled = sheet.prompt_rows > 0
         self._next_number += 1
         step = sheet.step(self.epoch, self.limits, self._snapshots, self._maps)
         self.stats.step_planned(step, falls_back=not mixes and self._prefilled and not step.cp)
@@ -233,7 +234,7 @@ class Scheduler:
         return self._flights[0].number if self._flights else self._next_number
 
     def _plan_decodes(self, sheet: Sheet, *, ahead: bool = False) -> None:
-        slots, limits, number = self._slots, self.limits, sheet.flight.number
+        slots, limits, number = self._slots, self.limits, sheet.number
         decodes = slots.decodes()
         room, num_steps = limits.max_num_batched_tokens, limits.num_stages  # that share the decodes
         if self._prompts or len(self._waiting):
@@ -243,8 +244,8 @@ class Scheduler:
                 num_steps = -(-num_steps // 2)  # every other step is for prompts
         most = limits.max_micro_batch_size or -(-int(np.count_nonzero(decodes)) // num_steps)
         chosen = slots.ready(decodes, number, self._num_returned, limits.num_stages, ahead=ahead)[: min(most, room)]
-        if limits.num_drafts:
-            self._drop_drafts(chosen, room - len(chosen))
+        if self._drafts is not None:
+            self._drafts.keep(chosen, room - len(chosen), self._pages.num_free)
         chosen, growing = self._room_for(chosen)
         if not len(chosen):
             return
@@ -262,38 +263,10 @@ class Scheduler:
         sheet.bans += [
             (item, words) for item, sequence in enumerate(sequences) if sequence.sampling.bad_words and (words := sequence.banned())
         ]
-        counts, replays = [1] * len(sequences), [0] * len(sequences)
-        if limits.num_drafts:
-            counts, replays, tokens = self._add_drafts(sheet, chosen, tokens)
-        sheet.slots += chosen.tolist()
-        sheet.starts += starts.tolist()
-        sheet.counts += counts
-        sheet.tokens.append(ints(tokens))
-        sheet.replays += replays
-        sheet.nexts += [-1] * len(sequences)
-        sheet.flight.sequences += sequences
-        sheet.flight.ends += (starts + 1).tolist()
-        sheet.flight.samples += counts
-
-    def _add_drafts(self, sheet: Sheet, chosen: np.ndarray, tokens: np.ndarray) -> tuple[list[int], list[int], np.ndarray]:
-        """(rows, rows to replay, of each slot; all rows' tokens): a slot's drafts come behind its token, and all are verified."""
-        slots = self._slots
-        num_drafts, replays = slots.num_drafts[chosen], slots.replays[chosen]
-        rows = np.column_stack((tokens, slots.drafts[chosen]))
-        slots.replays[chosen] = 0
-        slots.awaits[chosen[num_drafts > 0]] = sheet.flight.number
-        sheet.flight.verifies = bool(num_drafts.any())
-        return (1 + num_drafts).tolist(), replays.tolist(), rows[np.arange(rows.shape[1]) <= num_drafts[:, None]]
-
-    def _drop_drafts(self, chosen: np.ndarray, room: int) -> None:
-        """Keep the drafts that have a place: in `room` rows, before the limit, and in pages."""
-        slots = self._slots
-        wanted = np.minimum(slots.num_drafts[chosen], slots.limit[chosen] - slots.length[chosen] - 1)
-        wanted = np.clip(room - (np.cumsum(wanted) - wanted), 0, wanted)
-        held = slots.held[chosen] * PAGE - slots.planned[chosen] - 1  # places for drafts in its pages; -1: it needs one anyhow
-        if np.count_nonzero(wanted > held) > self._pages.num_free:
-            wanted = np.where(held < 0, wanted, np.minimum(wanted, held))
-        slots.num_drafts[chosen] = wanted
+        counts, replays = 1, 0
+        if self._drafts is not None:
+            counts, replays, tokens = self._drafts.rows(chosen, tokens, number)
+        sheet.add(sequences, chosen, starts, counts, ints(tokens), samples=counts, replays=replays)
 
     def _room_for(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(those of the slots that can decode now, those among them that need a page more); preempts where pages are short."""
@@ -328,7 +301,7 @@ class Scheduler:
         share = need if need <= rows else rows if alone else -(-rows // 2)
         rows -= share
         while rows >= grain:
-            shortest = self._prompts.shortest(sheet.flight.number, besides=oldest)
+            shortest = self._prompts.shortest(sheet.number, besides=oldest)
             waiting = self._waiting.shortest if may_admit else None
             if waiting is not None and (shortest is None or length_rank(waiting, len(waiting.log)) < self._prompts.length_rank(shortest)):
                 may_admit = self._admit(waiting, sheet)
@@ -421,26 +394,19 @@ class Scheduler:
         end = self._chunk_end(start, start + most, len(log))
         samples = end == len(log)
         slots.planned[slot] = end
-        slots.last_step[slot] = sheet.flight.number
+        slots.last_step[slot] = sheet.number
         if samples:
             slots.length[slot] += 1
             slots.decoding[slot] = True
             self._prompts.discard(sequence)
             if banned := sequence.banned():
-                sheet.bans.append((len(sheet.slots), banned))
+                sheet.bans.append((len(sheet.sequences), banned))
         if self._saves and end % PAGE == 0:
             extend_names(sequence.names, log, end // PAGE)
             sheet.saves.append((sequence.names[end // PAGE - 1], slot))
-        sheet.slots.append(slot)
-        sheet.starts.append(start)
-        sheet.counts.append(end - start)
-        sheet.tokens.append(log[start:end].tobytes())
-        sheet.replays.append(0)
-        sheet.nexts.append(-1 if samples else log[end])
-        sheet.flight.sequences.append(sequence)
-        sheet.flight.ends.append(end)
-        sheet.flight.samples.append(int(samples))
-        sheet.flight.prompt_rows += end - start
+        follows = -1 if samples else log[end]
+        sheet.add([sequence], slot, start, end - start, log[start:end].tobytes(), samples=samples, nexts=follows)
+        sheet.prompt_rows += end - start
         return end - start
 
     def _chunk_end(self, start: int, most: int, num_tokens: int) -> int:
@@ -458,12 +424,9 @@ class Scheduler:
     def _look_ahead(self, sheet: Sheet) -> None:
         """What is to become of the tokens that the step samples: drafts are made for those that may verify one next, which wait for
         them; the others may be fed back."""
-        slots, number = self._slots, sheet.flight.number
-        sampled = np.array([slot for slot, samples in zip(sheet.slots, sheet.flight.samples, strict=True) if samples], np.int64)
-        if self.limits.num_drafts and len(self._running) <= self.limits.max_drafting:
-            drafting = sampled[slots.drafting[sampled] & (slots.length[sampled] + 1 < slots.limit[sampled])]
-            slots.awaits[drafting] = number
-            sheet.flight.drafts = self._draft_length.ask() if len(drafting) else 0
+        slots, number, sampled = self._slots, sheet.number, sheet.sampled
+        if self._drafts is not None and len(self._running) <= self.limits.max_drafting:
+            sheet.drafts = self._drafts.ask(sampled, number)
         fed = slots.fed[sampled] & (slots.awaits[sampled] < number) & (slots.length[sampled] < slots.limit[sampled])
         sheet.returns = bool(fed.any())
 
@@ -495,13 +458,12 @@ class Scheduler:
             if values is not None:
                 values[part.start + 1 : part.start + 1 + len(part.values)] = part.values
         sampled = array(outcome.tokens)
-        if flight.drafts or flight.verifies:
-            stands = self._verify(flight, sampled, outcome.drafts)
+        if self._drafts is not None and (flight.drafts or flight.verifies):
+            stands = self._drafts.verify(flight, sampled, outcome.drafts)
         else:
             stands = flight.samples
-            slots = np.array([sequence.slot for sequence, samples in zip(flight.sequences, stands, strict=True) if samples], np.int64)
-            self._slots.known[slots] += 1
-            self._slots.token[slots] = sampled
+            self._slots.known[flight.sampled] += 1
+            self._slots.token[flight.sampled] = sampled
         now, tokens, logprobs, at = self._clock(), sampled.tolist(), outcome.logprobs, 0
         for sequence, end, samples, stand in zip(flight.sequences, flight.ends, flight.samples, stands, strict=True):
             if end > sequence.furthest:
@@ -513,28 +475,6 @@ class Scheduler:
                 elif end >= (sequence.num_named + 1) * PAGE:
                     self._name_pages(sequence, end)
             at += samples
-
-    def _verify(self, flight: Flight, sampled: np.ndarray, drafts: bytes) -> list[int]:
-        """How many of each item's sampled tokens are its sequence's: drafts that stood, and one more. Slots take them, and `drafts`
-        for what comes next."""
-        slots, at = self._slots, 0
-        stands, coming = [], iter(array(drafts).reshape(np.count_nonzero(flight.samples), flight.drafts))
-        for item, (sequence, samples) in enumerate(zip(flight.sequences, flight.samples, strict=True)):
-            slot, num_drafts, num_accepted = sequence.slot, samples - 1, 0
-            if num_drafts > 0:
-                num_accepted = accepted(slots.drafts[slot, :num_drafts], sampled[at : at + samples])
-                slots.replays[slot] = 1 + num_accepted
-                flight.ends[item] += num_accepted
-                self._draft_length.learn(num_drafts, num_accepted)
-                self.stats.verified(num_drafts, num_accepted)
-            if samples:
-                slots.advance(slot, 1 + num_accepted, sampled[at + num_accepted])
-                new = next(coming)
-                if slots.awaits[slot] == flight.number:
-                    slots.num_drafts[slot], slots.drafts[slot, : flight.drafts] = flight.drafts, new
-            stands.append(1 + num_accepted if samples else 0)
-            at += samples
-        return stands
 
     def _name_pages(self, sequence: Sequence, num_tokens: int) -> None:
         """Let reuse find the full pages among the first tokens of a log, all computed."""
@@ -549,7 +489,9 @@ class Scheduler:
     def _advance(self, sequence: Sequence, tokens: list[int], logprobs: list[Logprobs], end: int, now: float) -> Emission:
         """Tokens more of a sequence, its first `end` ones computed, and what that is to its user. What follows a stop is dropped."""
         group, observed, prompt_logprobs = sequence.group, self.stats.observed, None
-        if sequence.num_output:
+        has_begun = sequence.num_output > 0
+        reason = sequence.extend(tokens)
+        if has_begun:
             for _ in tokens:
                 observed.inter_token.append((now - sequence.emitted_at) / len(tokens))
         else:
@@ -561,7 +503,6 @@ class Scheduler:
             if sequence.index == 0:
                 self._release_siblings(group)
         sequence.emitted_at = now
-        reason = sequence.extend(tokens)
         self.stats.generation_tokens += len(tokens)
         if end >= (sequence.num_named + 1) * PAGE:
             self._name_pages(sequence, min(end, len(sequence.log)))
@@ -571,7 +512,7 @@ class Scheduler:
             request_id=group.request.id,
             index=sequence.index,
             tokens=tokens,
-            logprobs=logprobs[: len(tokens)],
+            logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             num_cached_tokens=sequence.num_cached or 0,
         )

@@ -123,16 +123,13 @@ class Sequence:
 
     def extend(self, tokens: list[int]) -> str | None:
         """Lengthen the log until a stop or the limit; why it ended. Of `tokens` only what the log took is left."""
-        log, num_known = self.log, len(self.log)
-        for token in tokens:
+        log = self.log
+        for place, token in enumerate(tokens):
             if token in self.stops and self.num_output >= self.sampling.min_tokens:
-                reason = "stop"
-                break
+                del tokens[place:]
+                return "stop"
             log.append(token)
             if len(log) >= self.limit:
-                reason = "length"
-                break
-        else:
-            return None
-        del tokens[len(log) - num_known :]
-        return reason
+                del tokens[place + 1 :]
+                return "length"
+        return None

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
 
 from trireme.core.settings import Limits
 from trireme.core.step import Open, Regime, Step, ints
 from trireme.engine.sequence import Sequence
 from trireme.engine.states import Snapshots
+
+Each = np.ndarray | int  # int [n], a number an item; or one for all
 
 
 @dataclass
@@ -15,64 +20,102 @@ class Flight:
     """Lists over the step's items."""
 
     number: int
-    sequences: list[Sequence] = field(default_factory=list)
-    ends: list[int] = field(default_factory=list)  # tokens computed once the step has returned; of drafts those that stand come on top
-    samples: list[int] = field(default_factory=list)  # rows that are sampled
-    prompt_rows: int = 0
-    drafts: int = 0  # that the last stage makes for each item that samples
-    verifies: bool = False  # whether an item has drafts among its rows
+    sequences: list[Sequence]
+    ends: list[int]  # tokens computed once the step has returned; of drafts those that stand come on top
+    samples: list[int]  # rows that are sampled
+    sampled: np.ndarray  # int64: slots of the items that sample
+    prompt_rows: int
+    drafts: int  # that the last stage makes for each item that samples
+    verifies: bool  # whether an item has drafts among its rows
 
 
 class Sheet:
-    """A step's fields in pieces, and its flight."""
+    """A step's fields in pieces."""
 
     def __init__(self, number: int):
-        self.flight = Flight(number)
-        self.slots: list[int] = []
-        self.starts: list[int] = []
-        self.counts: list[int] = []
-        self.tokens: list[bytes] = []
+        self.number = number
+        self.sequences: list[Sequence] = []  # of the items
+        self.num_rows = 0
+        self.prompt_rows = 0
         self.opens: list[Open] = []
         self.writes: list[tuple[int, int, int]] = []
         self.bans: list[tuple[int, list[int]]] = []
-        self.returns = False
-        self.replays: list[int] = []
         self.restores: list[tuple[int, int]] = []
         self.saves: list[tuple[bytes, int]] = []  # (name of a prefix, slot whose states stand for it after the step)
-        self.nexts: list[int] = []
+        self.drafts = 0
+        self.returns = False
+        self._parts: list[np.ndarray] = []  # int32 [6, n] each, of `items`
+        self._tokens: list[bytes] = []
 
-    @property
-    def num_rows(self) -> int:
-        return sum(self.counts)
+    def add(
+        self,
+        sequences: list[Sequence],
+        slots: Each,
+        starts: Each,
+        counts: Each,
+        tokens: bytes,
+        *,
+        samples: Each,
+        replays: Each = 0,
+        nexts: Each = -1,
+    ) -> None:
+        """Items more; numbers and tokens as in Step."""
+        part = np.empty((6, len(sequences)), np.int32)
+        part[0], part[1], part[2], part[3], part[4], part[5] = slots, starts, counts, samples, replays, nexts
+        self.sequences += sequences
+        self.num_rows += len(tokens) // 4
+        self._parts.append(part)
+        self._tokens.append(tokens)
+
+    @cached_property
+    def items(self) -> tuple[np.ndarray, ...]:
+        """slots, starts, counts, samples, replays, nexts: int32 [items], once all are added."""
+        return tuple(self._parts[0] if len(self._parts) == 1 else np.concatenate(self._parts, axis=1))
+
+    @cached_property
+    def sampled(self) -> np.ndarray:
+        """int64: slots of the items that sample."""
+        slots, _, _, samples, *_ = self.items
+        return slots[samples > 0].astype(np.int64)  # by which numpy looks up faster
+
+    def flight(self) -> Flight:
+        _, starts, counts, samples, *_ = self.items
+        rows = samples.tolist()
+        verifies = sum(rows) > len(self.sampled)
+        ends = starts + counts - np.maximum(samples - 1, 0) if verifies else starts + counts
+        return Flight(self.number, self.sequences, ends.tolist(), rows, self.sampled, self.prompt_rows, self.drafts, verifies)
 
     def step(self, epoch: int, limits: Limits, snapshots: Snapshots, maps: list[int]) -> Step:
         """The whole. Snapshots are taken only now: one that is saved by this step is there for the next. `maps`: version of each
         stage's expert maps."""
-        flight = self.flight
-        regime = Regime.of(self.counts, limits.sp_from, limits.cp if flight.prompt_rows else 1)
+        slots, starts, counts, samples, replays, nexts = self.items
+        regime = Regime.of(counts.tolist(), limits.sp_from, limits.cp if self.prompt_rows else 1)
         keeps_states = limits.num_snapshots is not None
-        # A row taken twice has only its last copy: the first has lost its name.
-        saves = {snapshots.take(name): slot for name, slot in self.saves if snapshots.find(name) is None}
         return Step(
             epoch=epoch,
-            number=flight.number,
-            slots=ints(self.slots),
-            starts=ints(self.starts),
-            counts=ints(self.counts),
-            samples=ints(flight.samples),
-            tokens=b"".join(self.tokens),
+            number=self.number,
+            slots=slots.tobytes(),
+            starts=starts.tobytes(),
+            counts=counts.tobytes(),
+            samples=samples.tobytes(),
+            tokens=b"".join(self._tokens),
             opens=self.opens,
             page_writes=ints(self.writes),
             bans=self.bans,
             returns=self.returns,
             sp=regime.sp,
             cp=regime.cp,
-            replays=ints(self.replays) if keeps_states else b"",
-            holds=ints([samples > 1 for samples in flight.samples]) if keeps_states else b"",
-            restores=ints(self.restores),
-            saves=ints([(slot, row) for row, slot in saves.items()]),
-            nexts=ints(self.nexts) if limits.num_drafts else b"",
-            drafts=flight.drafts,
-            counts_loads=limits.count_every is not None and (flight.number + 1) % limits.count_every == 0,
+            replays=replays.tobytes() if keeps_states else b"",
+            holds=ints(samples > 1) if keeps_states else b"",
+            restores=ints(self.restores) if keeps_states else b"",
+            saves=self._take_snapshots(snapshots) if keeps_states else b"",
+            nexts=nexts.tobytes() if limits.num_drafts else b"",
+            drafts=self.drafts,
+            counts_loads=limits.count_every is not None and (self.number + 1) % limits.count_every == 0,
             maps=maps if any(maps) else [],
         )
+
+    def _take_snapshots(self, snapshots: Snapshots) -> bytes:
+        """Step.saves. A row taken twice has only its last copy: the first has lost its name."""
+        rows = {snapshots.take(name): slot for name, slot in self.saves if snapshots.find(name) is None}
+        return ints([(slot, row) for row, slot in rows.items()])
