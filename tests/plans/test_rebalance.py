@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from drafted import draft_well
 from plans.grid import settings_of, sizes_of
 from plans.whole import assert_same_tokens, tokens_of
 from tiny import greedy_tokens, tiny_checkpoint
@@ -67,10 +68,10 @@ class Wanderer:
 
 
 @contextlib.contextmanager
-def serving(settings: Settings, pool, service: Wanderer) -> Iterator[tuple[Engine, LocalStages]]:
+def serving(settings: Settings, pool, service: Wanderer | None) -> Iterator[tuple[Engine, LocalStages]]:
     run_dir = Path(tempfile.mkdtemp(prefix="trireme-test-", dir="/tmp"))
     stages = LocalStages(settings, run_dir, pool, service=service)
-    engine = Engine(settings, max_model_len=128, stages=stages)
+    engine = Engine(settings, max_model_len=128, stages=stages, num_drafts=settings.mtp.num_tokens or 0)
     stages.start()
     engine.start()
     try:
@@ -99,6 +100,13 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def hybrid(tmp_path_factory) -> Path:
+    """With a head that drafts."""
+    folder = tiny_checkpoint(tmp_path_factory.mktemp("hybrid"), "qwen3_5_moe", **sizes_of("qwen3_5_moe", "tp2 ep2"))
+    return draft_well(folder, sureness=0.9)
+
+
+@pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
     rng = random.Random(3)
     return [[rng.randrange(3, VOCAB) for _ in range(length)] for length in LENGTHS]
@@ -112,7 +120,7 @@ def expected(checkpoint, prompts) -> list[list[int]]:
 def settings(checkpoint: Path, plan: str, num_redundant: int, layers_at_once: int, **values) -> Settings:
     eplb = {"num_redundant_experts": num_redundant, "count_every": 5, "layers_per_step": layers_at_once}
     base = {"model": str(checkpoint), "max_model_len": 128, "max_num_seqs": 4, "num_pages": 40, "threads_per_rank": 1, "eplb": eplb}
-    return make_settings(base | settings_of(plan) | {"max_num_batched_tokens": 32, **values})
+    return make_settings(base | {"max_num_batched_tokens": 32} | settings_of(plan) | values)
 
 
 def requests(prompts: list[list[int]], turn: int = 0) -> list[Request]:
@@ -148,6 +156,24 @@ def test_maps_that_change_change_no_token(pool, checkpoint, prompts, expected, p
             assert loads[0] % TOP_K == 0 and (loads == loads[0]).all(), "each row once, in each layer"
         assert sum(push.moved_bytes for push in service.pushes[stage]) > 0
     assert not service.faults
+
+
+@pytest.mark.parametrize(("plan", "num_redundant", "layers_at_once"), [("tp2 ep2 mtp3", 4, 5), ("pp2 tp2 ep2 sp dispatched mtp2", 4, 1)])
+def test_drafts_stand_as_before(pool, hybrid, prompts, plan, num_redundant, layers_at_once):
+    """The head's experts have maps and loads of their own, which the model's never touch."""
+    made = settings(hybrid, plan, num_redundant, layers_at_once, num_pages=60)
+    expected, lengths = greedy_tokens(hybrid, prompts, NUM_TOKENS), []
+    services = [None, Wanderer(num_redundant, layers_at_once)]
+    for service in services:
+        with serving(made, pool, service) as (engine, _):
+            for turn in range(2):
+                assert_same_tokens(hybrid, prompts, tokens_of(engine, requests(prompts, turn)), expected)
+            lengths.append(1 + engine.stats.accepted_tokens / engine.stats.verifications)
+    assert lengths[0] > 1.2 and lengths[1] == pytest.approx(lengths[0], abs=0.05)
+    assert services[1].commits[made.num_stages - 1] >= 4
+    for push in services[1].pushes[made.num_stages - 1]:
+        loads = array(push.loads).reshape(-1, EXPERTS).sum(1)
+        assert (loads[:-1] == loads[0]).all() and loads[-1] % TOP_K == 0
 
 
 @pytest.mark.parametrize("plan", ["tp2 ep2", "pp2 tp2 ep2 dispatched"])
