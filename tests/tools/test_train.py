@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import count
 
 import pytest
 import torch
@@ -35,18 +36,20 @@ TOY = {
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
+    """By a clock on which a step takes three seconds: as many of them on any machine."""
     output = tmp_path_factory.mktemp("trained")
-    recipe = Recipe(seed=1, minutes=0.3, batch_size=8, learning_rate=1e-2, evaluate_every_s=6.0, num_evaluated=2, num_evaluated_last=4)
-    return output, learn(recipe, output, "cpu", lambda entry: None, **TOY)
+    recipe = Recipe(seed=1, minutes=1.0, batch_size=8, learning_rate=1e-2, evaluate_every_s=40.0, num_evaluated=2, num_evaluated_last=4)
+    return output, learn(recipe, output, "cpu", lambda entry: None, clock=count(step=3.0).__next__, **TOY)
 
 
 def test_it_learns(trained):
     """Far enough in seconds to see that gradients reach the trunk and the head."""
     output, entries = trained
     assert [json.loads(line) for line in (output / "train.jsonl").read_text().splitlines()] == entries
+    assert [entry["step"] for entry in entries if "exact_match" in entry] == [14, 19] and entries[-1]["progress"] == 1.0
     last, untaught = entries[-1], math.log(json.loads((output / "config.json").read_text())["vocab_size"])
     assert last["loss"] < untaught - 1.0 and max(last["draft_losses"]) < untaught - 1.0
-    assert last["held_out"] == 4 and 0.0 <= last["exact_match"] <= 1.0 and last["progress"] == 1.0
+    assert last["held_out"] == 4 and 0.0 <= last["exact_match"] <= 1.0
     assert json.loads((output / "train.json").read_text())["recipe"]["seed"] == 1
 
 
@@ -69,7 +72,7 @@ def test_our_loader_reads_the_checkpoint(trained):
 
 
 def test_the_head_that_learned_is_the_one_that_drafts(trained, tmp_path):
-    """Against the head that tests of drafts put together from a checkpoint's tensors."""
+    """Against the head that tests of drafts put together from a checkpoint's tensors: row p, with token p + 1, learns token p + 2."""
     output, _ = trained
     learner = Learner(small_config(json.loads((output / "config.json").read_text())["vocab_size"], END_ID, **TOY)).eval()
     tensors = load_file(output / "model.safetensors")
@@ -81,7 +84,10 @@ def test_the_head_that_learned_is_the_one_that_drafts(trained, tmp_path):
         rows = model(tokens[:, :-1]).last_hidden_state
         positions = model.rotary_emb(rows, torch.arange(tokens.shape[1] - 1).expand(3, 1, -1))
         drafted = learner.trunk.lm_head(learner.mtp(model.embed_tokens(tokens[:, 1:]), rows, positions))[0]
-    torch.testing.assert_close(drafted, DraftOracle(tmp_path).logits(tokens[0].tolist()), atol=1e-4, rtol=0)
+        learnt = learner(tokens, torch.ones(tokens.shape)).drafts[0]
+    wanted = DraftOracle(tmp_path).logits(tokens[0].tolist())
+    torch.testing.assert_close(drafted, wanted, atol=1e-4, rtol=0)
+    torch.testing.assert_close(learnt, torch.nn.functional.cross_entropy(wanted[:-1], tokens[0, 2:]), atol=1e-4, rtol=0)
 
 
 def test_front_and_transformers_agree_on_tokens(trained):

@@ -47,9 +47,16 @@ class Recipe:
         return self.learning_rate * min(progress / _WARM_UP, (1.0 - progress) / (1.0 - _WARM_UP))
 
 
-def learn(recipe: Recipe, output: Path, device: str, show: Callable[[dict[str, Any]], None], **sizes: Any) -> list[dict[str, Any]]:
-    """Trains and writes the checkpoint; the entries of its log (train.jsonl), which `show` gets one by one. `sizes` are of
-    the model, in its config's words."""
+def learn(
+    recipe: Recipe,
+    output: Path,
+    device: str,
+    show: Callable[[dict[str, Any]], None],
+    clock: Callable[[], float] = time.monotonic,
+    **sizes: Any,
+) -> list[dict[str, Any]]:
+    """Trains and writes the checkpoint; the entries of its log (train.jsonl), which `show` gets one by one. `clock` is read once
+    a step, and after each evaluation. `sizes` are of the model, in its config's words."""
     torch.manual_seed(recipe.seed)
     texts = (problem.prompt + problem.solution for problem in islice(training_problems(recipe.seed), _NUM_TEXTS))
     tokenizer = make_tokenizer(texts, _VOCAB_SIZE)
@@ -67,11 +74,11 @@ def learn(recipe: Recipe, output: Path, device: str, show: Callable[[dict[str, A
     (output / "train.json").write_text(json.dumps(_about(recipe, learner, device), indent=2) + "\n")
 
     entries: list[dict[str, Any]] = []
-    began, evaluated_at, progress, step = time.monotonic(), 0.0, 0.0, 0
+    began, evaluated_at, progress, step = clock(), 0.0, 0.0, 0
     with (output / "train.jsonl").open("w") as log:
         while progress < 1.0:
             step += 1
-            seconds = time.monotonic() - began
+            seconds = clock() - began
             progress = min(1.0, seconds / (60 * recipe.minutes))
             losses = _step(learner, optimizer, next(batches), recipe.rate(progress))
             evaluates = progress == 1.0 or seconds - evaluated_at >= recipe.evaluate_every_s
@@ -83,7 +90,7 @@ def learn(recipe: Recipe, output: Path, device: str, show: Callable[[dict[str, A
                 write_model(learner, output)
                 some = held_out[: recipe.num_evaluated_last if progress == 1.0 else recipe.num_evaluated]
                 entry |= {"held_out": len(some), "exact_match": round(exact_match(output, tokenizer, some, device), 4)}
-                evaluated_at = time.monotonic() - began
+                evaluated_at = clock() - began
             entries.append(entry)
             print(json.dumps(entry), file=log, flush=True)
             show(entry)
