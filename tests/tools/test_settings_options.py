@@ -99,6 +99,9 @@ def test_words_of_a_plan():
     sizes = (busy.pipeline_parallel_size, busy.tensor_parallel_size, busy.context_parallel_size, busy.expert_parallel_size)
     assert sizes == (2, 1, 2, 2) and busy.moe_data_parallel_size == 2
     assert (busy.sequence_parallel, busy.experts, busy.link, busy.mtp.num_tokens) == ("on", "dispatched", "tensor", 3)
-    for word in ("pp", "sp2", "xx4", "experts2", "2"):
+    balanced = override(busy, settings_of_words("tp2 ep2 dispatched eplb4 static"))
+    assert balanced.eplb == Eplb(num_redundant_experts=4, dispatch="static") and override(balanced, one).eplb is None
+    assert override(Settings(model="m"), settings_of_words("eplb")).eplb == Eplb()
+    for word in ("pp", "sp2", "xx4", "experts2", "2", "static"):
         with pytest.raises(Refusal, match="is no word of a plan"):
             settings_of_words(f"tp2 {word}")

@@ -111,6 +111,7 @@ _WORDS: dict[str, dict[str, Any]] = {
     "dispatched": {"experts": "dispatched"},
     "tensor": {"link": "tensor"},
 }
+_DISPATCH = ("static", "dynamic", "fake")  # behind eplb
 
 # settings that list stages or ranks -> the sizes they must fit
 _NAMED_BY_PLACE = {
@@ -159,9 +160,10 @@ def override(settings: Settings, chosen: dict[str, Any]) -> Settings:
 
 
 def settings_of_words(plan: str) -> dict[str, Any]:
-    """What a plan's words choose, as a Plan prints itself: "pp2 tp2 sp mtp3"; "one" is one rank. What they do not name is one or off."""
+    """What a plan's words choose, as a Plan prints itself: "pp2 tp2 sp mtp3", "tp2 ep2 eplb4"; "one" is one rank. What they do not
+    name is one or off."""
     chosen: dict[str, Any] = {SETTINGS[size]: 1 for size in _SIZES}
-    chosen |= {"sequence_parallel": "off", "experts": "gathered", "mtp": {"num_tokens": 0}}
+    chosen |= {"sequence_parallel": "off", "experts": "gathered", "mtp": {"num_tokens": 0}, "eplb": None}
     for word in plan.split():
         name = word.rstrip("0123456789")
         number = word.removeprefix(name)
@@ -169,10 +171,14 @@ def settings_of_words(plan: str) -> dict[str, Any]:
             chosen |= _WORDS[word]
         elif name == "mtp" and number:
             chosen["mtp"] = {"num_tokens": int(number)}
+        elif name == "eplb":
+            chosen["eplb"] = {"num_redundant_experts": int(number or 0)}
+        elif word in _DISPATCH and chosen["eplb"] is not None:
+            chosen["eplb"] = {**chosen["eplb"], "dispatch": word}
         elif name in _SIZES and number:
             chosen[SETTINGS[name]] = int(number)
         else:
-            why = f"a plan is said in {', '.join(_WORDS)}, and {', '.join(_SIZES)} or mtp with a number"
+            why = f"a plan is said in {', '.join(_WORDS)}, {', '.join(_SIZES)} or mtp with a number, and eplb with one or none"
             raise Refusal(f"{word!r} is no word of a plan", why=why, fix='write --plan "pp2 tp2 sp"')
     return chosen
 

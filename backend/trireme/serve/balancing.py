@@ -114,7 +114,7 @@ def experts_of(settings: Settings, spec: Spec) -> list[StageExperts]:
     expert = layer_params(spec, Kind(sparse=True), Shares.of(plan, spec)).expert
     slots = Slots(spec.num_experts, spec.num_experts + plan.num_redundant_experts, plan.ep)
     names = [[str(layer) for layer in plan.layers(stage) if spec.sparse[layer]] for stage in range(plan.pp)]
-    if plan.mtp and spec.num_experts:
+    if plan.mtp and spec.sparse[-1]:
         names[-1].append("mtp")
     return [StageExperts(tuple(layers), slots, expert * item_bytes) for layers in names]
 
