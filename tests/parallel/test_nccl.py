@@ -10,10 +10,16 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from trireme.parallel.collectives import Collectives
 from trireme.parallel.comm import Pair, StoreHost, form_group, reach_store
+from trireme.parallel.mesh import Mesh
+from trireme.parallel.placement import Placement
+from trireme.parallel.plan import Plan
+from trireme.parallel.relocation import Mixture, Relocation
 
 pytestmark = [pytest.mark.gpus, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
 
@@ -134,3 +140,47 @@ def bereft(place: int, store: Any, epoch: int, device: torch.device) -> tuple[fl
 def test_the_end_of_an_epoch_frees_a_rank_whose_peer_is_gone():
     waited, after = on_two(bereft, 4, wait_for=(0,))[0]
     assert waited < 10 and after == 8.0
+
+
+def relocated(place: int, store: Any, epoch: int, device: torch.device) -> tuple[bool, int, float]:
+    """Steps of one communicator go on while experts move by another: (whether every slot holds its expert after each of many maps,
+    steps meanwhile, the longest commit in milliseconds)."""
+    collectives = Collectives(Mesh(Plan(layer_cut=(1,), tp=2, ep=2)), place, device)
+    num_experts, width, mixtures = 64, 1 << 20, []
+    for _ in range(4):
+        placement = Placement(num_experts, 2, place, num_redundant=16, device=device)
+        weight = torch.tensor(placement.here, device=device)[:, None].expand(-1, width).to(torch.bfloat16).contiguous()
+        mixtures.append(Mixture(placement, [weight]))
+    steps, relocation = collectives.along("tp"), Relocation(collectives.along("ep", use="eplb"), mixtures, most_layers=4)
+    collectives.begin(
+        {span: form_group(store, epoch, collectives.mesh.name_of(span), place, 2, LIMIT_S, device) for span in collectives.spans}
+    )
+    x, draw = torch.ones(256, 2048, device=device), np.random.default_rng(0)
+    holds, num_steps, longest = True, 0, 0.0
+    for version in range(1, 9):
+        spare = draw.integers(num_experts, size=(4, 16))
+        maps = {layer: draw.permutation(np.concatenate([np.arange(num_experts), spare[layer]])).astype(np.int32) for layer in range(4)}
+        thread = threading.Thread(target=relocation.prepare, args=(version, maps))
+        thread.start()
+        for _ in range(300):  # as many on both, as steps of a plan are
+            x = steps.all_reduce(x @ x.T @ x).clamp_(-1, 1)
+            num_steps += 1
+        thread.join()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        relocation.commit(version)
+        end.record()
+        torch.cuda.synchronize()
+        longest = max(longest, begin.elapsed_time(end))
+        steps.all_reduce(x)  # neither goes on before both have committed
+        torch.cuda.synchronize()
+        for placement, (weight,) in mixtures:
+            here = torch.tensor(placement.here, device=device)[:, None].to(weight.dtype)
+            holds &= bool((weight == here).all()) and relocation.version == version
+    collectives.leave()
+    return holds, num_steps, longest
+
+
+def test_experts_move_while_steps_go_on():
+    for holds, num_steps, _ in on_two(relocated, 5).values():
+        assert holds and num_steps == 2400

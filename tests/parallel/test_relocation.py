@@ -4,6 +4,8 @@ is named and dropped."""
 from __future__ import annotations
 
 import re
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ import torch
 
 from threads import Boards, ThreadGroup, on_every_rank
 from trireme.parallel.collectives import Collectives
-from trireme.parallel.comm import LinkLost
+from trireme.parallel.comm import LinkLost, StoreHost, form_group, reach_store
 from trireme.parallel.mesh import Mesh
 from trireme.parallel.placement import Placement
 from trireme.parallel.plan import Plan
@@ -160,7 +162,7 @@ def test_maps_that_fit_nothing_are_refused():
             stage.relocations[0].prepare(1, maps)
 
 
-def test_a_rank_that_fails_frees_the_others_and_a_late_one_touches_no_other_epoch(monkeypatch):
+def test_a_rank_that_fails_frees_the_others_and_prepares_nothing_more_in_this_epoch(monkeypatch):
     stage = Stage(PLANS["ep2"])
     maps = {0: np.roll(stage.maps[0], 4)}
     monkeypatch.setattr(stage.relocations[1], "_write", lambda move, record: 1 / 0)
@@ -169,3 +171,33 @@ def test_a_rank_that_fails_frees_the_others_and_a_late_one_touches_no_other_epoc
     with pytest.raises(LinkLost):  # its group is gone, those of the steps are not
         stage.relocations[1].prepare(2, maps)
     assert [relocation.staged for relocation in stage.relocations] == [0, 0]
+
+
+def test_the_end_of_an_epoch_waits_for_no_thread_and_frees_it():
+    """Rank 0 waits in its thread for rank 1, which never comes: neither rank's own thread is held up when it leaves."""
+    host = StoreHost(20.0)
+    ranks = range(2)
+    groups = on_every_rank(2, lambda rank: form_group(reach_store(host.address, 20.0), 1, "ep.eplb", rank, 2, 20.0, torch.device("cpu")))
+    every = [Collectives(Mesh(PLANS["ep2"]), rank) for rank in ranks]
+    alongs = [collectives.along("ep", use="eplb") for collectives in every]
+    for collectives, group in zip(every, groups, strict=True):
+        collectives.begin({collectives.spans[0]: group})
+    del groups, group
+    told: list[str] = []
+
+    def wait() -> None:
+        try:
+            with alongs[0].held() as group:
+                group.all_to_all(torch.zeros(2, 3), [1, 1], [1, 1])
+        except LinkLost as lost:
+            told.append(str(lost))
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    time.sleep(0.3)
+    began = time.monotonic()
+    for collectives in every:
+        collectives.leave()
+    assert time.monotonic() - began < 5
+    thread.join(5)
+    assert not thread.is_alive() and len(told) == 1

@@ -125,7 +125,6 @@ class Relocation:
     def __init__(self, along: Along, mixtures: Sequence[Mixture], *, most_layers: int, version: int = 0):
         """`along`: ep, by a communicator of its own. `most_layers`: that one version changes."""
         self.version = version  # of the maps in force
-        self.received_bytes = 0  # since the start
         self._along, self._mixtures = along, mixtures
         self._records = [Records(mixture) for mixture in mixtures]
         self._staged: _Staged | None = None
@@ -161,7 +160,6 @@ class Relocation:
         with self._aside():
             staged, num_bytes = self._stage(version, maps)
         self._staged = staged
-        self.received_bytes += num_bytes
         return num_bytes
 
     @torch.inference_mode()
