@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from drafted import draft_well
 from server.process import ServerProcess
 from server.test_life import ask_many
 from tiny import greedy_tokens, random_prompts, tiny_checkpoint
@@ -88,6 +89,23 @@ def test_other_plans(tmp_path, prompts, family, axes):
     checkpoint = tiny_checkpoint(tmp_path / "checkpoint", family, **SIZES)
     with ServerProcess(tmp_path, model=str(checkpoint), max_num_batched_tokens=64, **axes) as server:
         assert answers_of(server, prompts, 16) == greedy_tokens(checkpoint, prompts, 16)
+
+
+def test_a_hybrid_model_drafts_and_heals(tmp_path, prompts):
+    """Qwen3.5-MoE over two stages, its head drafting, reused prompts, a killed rank: states and drafts are lost, no token is."""
+    checkpoint = draft_well(tiny_checkpoint(tmp_path / "checkpoint", "qwen3_5_moe", **SIZES), sureness=0.9)
+    expected = greedy_tokens(checkpoint, prompts, 40)
+    axes = {"pipeline_parallel_size": 2, "tensor_parallel_size": 2, "expert_parallel_size": 2}
+    with ServerProcess(tmp_path, model=str(checkpoint), max_num_batched_tokens=64, step_timeout_s=20.0, **axes) as server:
+        assert answers_of(server, prompts, 40) == expected
+        assert answers_of(server, prompts, 40) == expected
+        assert server.metric("snapshot_hits_total") > 0 and server.metric("mtp_acceptance_length") > 1
+        threads, answers = ask_many(server, prompts, 40)
+        time.sleep(0.3)
+        server.rank(1, 0).kill()
+        for thread in threads:
+            thread.join(120)
+        assert [answer["output_ids"] for _, answer in answers] == expected
 
 
 @pytest.fixture(scope="module")
