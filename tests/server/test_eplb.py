@@ -15,6 +15,7 @@ from server.process import ServerProcess
 from server.test_life import ask_many
 from server.test_parallel import SIZES, answers_of
 from tiny import greedy_tokens, random_prompts, tiny_checkpoint
+from trireme_tools.eplb import show
 
 RANKS = {"tensor_parallel_size": 2, "expert_parallel_size": 2, "max_num_batched_tokens": 64}
 RESTLESS = {"num_redundant_experts": 2, "interval": 4, "count_every": 2, "layers_per_step": 1, "min_gain": -1.0}  # every look moves
@@ -86,6 +87,11 @@ def test_what_the_service_says(two_stages):
         assert two_stages.metric("eplb_expert_load", stage=stage, layer=layer, rank="1") > 0
         assert two_stages.metric("eplb_map_version", stage=stage) > 4
         assert two_stages.metric("eplb_moved_bytes_total", stage=stage) > 0
+
+
+def test_its_picture_is_drawn(two_stages, tmp_path, capsys):
+    show(f"http://127.0.0.1:{two_stages.http}", output=tmp_path / "live.png")
+    assert (tmp_path / "live.png").read_bytes().startswith(b"\x89PNG") and "last 1000" in capsys.readouterr().out
 
 
 def test_serving_goes_on_without_the_service(two_stages, prompts, expected):
