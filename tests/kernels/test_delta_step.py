@@ -65,13 +65,13 @@ class Request(NamedTuple):
     replays: int = 0
 
 
-@pytest.mark.parametrize(("name", "seed"), [("tl", 0), *(("reference", seed) for seed in range(5))])
-def test_steps_are_one_pass(name, seed):
+@pytest.mark.parametrize(("name", "seed", "num_steps"), [("tl", 0, 4), *(("reference", seed, 7) for seed in range(5))])
+def test_steps_are_one_pass(name, seed, num_steps):
     op, layer, draw = made(name), Layer(seed), np.random.default_rng(seed)
     requests = [Request(slot, torch.empty(0, CHANNELS + 2 * HEADS)) for slot in draw.permutation(SLOTS)[:4].tolist()]
     others = [slot for slot in range(STATES) if slot not in {request.slot for request in requests}]
     before = [pool.clone() for pool in layer.pools]
-    for _ in range(7):
+    for _ in range(num_steps):
         chosen = draw.permutation(len(requests))[: draw.integers(1, len(requests), endpoint=True)]
         here = [requests[which] for which in chosen]
         counts = draw.integers(1, ROOM, len(here), endpoint=True)

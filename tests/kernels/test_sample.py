@@ -186,7 +186,7 @@ def test_the_kernel_draws_the_same_tokens(kind, vocab):
     reason = misfit("sample", "tl", case, forced=True)
     if reason is not None:
         pytest.skip(reason)
-    draw, rows = torch.Generator().manual_seed(vocab), 48
+    draw, rows = torch.Generator().manual_seed(vocab), 24  # each mix of the settings below once
     logits = torch.randn(rows, vocab, generator=draw) * 4
     if kind == "ties":
         logits = logits.mul_(2).round_().div_(2)
