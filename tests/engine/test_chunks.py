@@ -124,3 +124,21 @@ def test_a_long_prompts_chunks_take_equally_long():
     assert all(0.8 * rows <= count <= rows for count, rows in zip(fitted[:-2], wanted, strict=False))
     times = [seconds(cost, start, count) for start, count in zip(starts, fitted, strict=True)]
     assert max(times) < seconds(cost, 7500, 500) / 1.5
+
+
+def test_chunks_shrink_beside_many_that_decode():
+    """As many decode as a shrunken chunk has rows: the prompt goes on all the same."""
+    wide = {"max_model_len": 1100, "num_pages": 4000, "max_num_seqs": 160, "max_num_batched_tokens": 128}
+    driver = Driver(limits(num_stages=2, inflight=3, dynamic_chunks=True, **wide))
+    for _ in range(8):  # rows of which the last cost four times as much as the first
+        driver.scheduler._chunks.learn(np.array([0]), np.array([128]), seconds(ChunkCost(pair=1e-6, row=1e-5), 0, 128))
+        driver.scheduler._chunks.learn(np.array([900]), np.array([128]), seconds(ChunkCost(pair=1e-6, row=1e-5), 900, 128))
+    for i in range(140):
+        driver.add(Request(id=f"d{i}", prompt=[1, 2], sampling=Sampling(max_tokens=60)))
+    for _ in range(10):
+        driver.plan(), driver.run_one(), driver.learn_one()
+    driver.add(Request(id="long", prompt=[3] * 1000, sampling=Sampling(max_tokens=1)))
+    begun = len(driver.steps)
+    while not driver.emissions["long", 0]:
+        driver.plan(), driver.run_one(), driver.learn_one()
+    assert driver.scheduler.num_running >= 140 and len(driver.steps) - begun < 80

@@ -22,6 +22,7 @@ from trireme.core.refusal import Refusal
 from trireme.core.request import Emission, Logprobs, Request
 from trireme.core.settings import Limits
 from trireme.core.step import FED, PAGE, Open, Outcome, Step, array, ints
+from trireme.engine.chunks import ChunkSizer
 from trireme.engine.draft import DraftLength, Drafts
 from trireme.engine.pages import Pages
 from trireme.engine.prefix import extend_names, find_prefix
@@ -59,6 +60,7 @@ class Scheduler:
         self._num_groups = 0  # ever
         self._num_queued = 0  # requests of which nothing has run
         self._deadlines: list[tuple[float, int, Group]] = []  # heap
+        self._chunks = ChunkSizer(limits.max_num_batched_tokens) if limits.dynamic_chunks else None
         self._waiting = Waiting()
         self._draft_length = DraftLength(limits.num_drafts, adapts=limits.adaptive_drafts)
         self._reset()
@@ -289,7 +291,7 @@ class Scheduler:
 
     def _plan_prompts(self, sheet: Sheet) -> None:
         """Half of the rows to the oldest prompt, unless it needs less or is alone; the others to the shortest, so that neither starves."""
-        rows = self._num_prompt_rows(self.limits.max_num_batched_tokens - sheet.num_rows)
+        rows = self._num_prompt_rows(min(self._chunk_rows(), self.limits.max_num_batched_tokens - sheet.num_rows))
         if rows <= 0:
             return
         oldest, may_admit = self._oldest_prompt(sheet)
@@ -310,6 +312,14 @@ class Scheduler:
                 break
             rows -= self._plan_chunk(sheet, shortest, rows)
         self._plan_chunk(sheet, oldest, share + min(rows, need - share))
+
+    def _chunk_rows(self) -> int:
+        """Prompt rows of a step at the most: fewer where a long prompt's rows have come to cost more, since its chunks follow one
+        another through the stages and the slowest holds up all others."""
+        oldest = self._prompts.oldest
+        if self._chunks is None or oldest is None:
+            return self.limits.max_num_batched_tokens
+        return self._chunks.rows(int(self._slots.planned[oldest.slot]))
 
     def _num_prompt_rows(self, room: int) -> int:
         """Prompt rows of this step: what there is to compute in equal steps, at least one for each stage."""
@@ -451,6 +461,11 @@ class Scheduler:
             for sequence in self._parting.pop(flight.number, ()):
                 self._part(sequence)
         return news
+
+    def time(self, step: Step, busy_s: float) -> None:
+        """A step kept its slowest stage busy for so long."""
+        if self._chunks is not None and step.num_rows >= _LEAST_CHUNK:
+            self._chunks.learn(array(step.starts), array(step.counts), busy_s)
 
     def _take(self, flight: Flight, outcome: Outcome, news: list[Emission]) -> None:
         for part in outcome.prompt_logprobs:
