@@ -84,7 +84,6 @@ class FakeStage:
             outcome = Outcome(step.epoch, step.number, self.stage, clock=clock, map_ready=self.map_ready)
             answer(outcome, np.array([step.number % 251, self.stage + 1], np.uint8))
 
-
     def use_maps(self, step) -> None:
         """Commit what the step says, and now and then have the next maps ready."""
         stamped = step.maps[self.stage] if step.maps else 0
