@@ -107,4 +107,7 @@ class Deal:
         if (np.diff(places) == 1).all():
             run = slice(int(places[0]), int(places[-1]) + 1)
             return slice(None) if run == slice(0, len(have)) else run
-        return torch.from_numpy(places).to(self._device)
+        there = torch.from_numpy(places)
+        if torch.device(self._device).type == "cuda":
+            there = there.pin_memory()  # from other memory a copy waits for the stream
+        return there.to(self._device, non_blocking=True)
