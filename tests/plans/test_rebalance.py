@@ -33,6 +33,11 @@ NUM_TOKENS, VOCAB, EXPERTS, TOP_K = 40, 251, 8, 3
 LENGTHS = (1, 17, 5, 40, 33, 16)
 
 
+def more(*case: object):
+    """Not in every run: `make test-plans` has it."""
+    return pytest.param(*case, marks=pytest.mark.grid)
+
+
 class Wanderer:
     """A service that offers random maps as soon as a stage has the last ones."""
 
@@ -131,16 +136,16 @@ def requests(prompts: list[list[int]], turn: int = 0) -> list[Request]:
 @pytest.mark.parametrize(
     ("plan", "num_redundant", "layers_at_once"),
     [
-        ("tp2 ep2", 4, 4),
         ("tp2 ep2 dispatched", 4, 1),
-        ("tp2 ep2", 0, 1),
         ("tp4 ep4", 8, 4),
-        ("tp4 ep4 dispatched", 4, 1),
-        ("tp4 ep2", 2, 4),
         ("pp2 tp2 ep2", 4, 1),
-        ("pp2 tp2 ep2 sp dispatched", 4, 4),
         ("tp2 cp2 moe_dp2 ep2", 4, 4),
-        ("tp2 cp2 moe_dp2 ep2 dispatched", 2, 1),
+        more("tp2 ep2", 4, 4),
+        more("tp2 ep2", 0, 1),
+        more("tp4 ep4 dispatched", 4, 1),
+        more("tp4 ep2", 2, 4),
+        more("pp2 tp2 ep2 sp dispatched", 4, 4),
+        more("tp2 cp2 moe_dp2 ep2 dispatched", 2, 1),
     ],
 )
 def test_maps_that_change_change_no_token(pool, checkpoint, prompts, expected, plan, num_redundant, layers_at_once):
@@ -158,7 +163,9 @@ def test_maps_that_change_change_no_token(pool, checkpoint, prompts, expected, p
     assert not service.faults
 
 
-@pytest.mark.parametrize(("plan", "num_redundant", "layers_at_once"), [("tp2 ep2 mtp3", 4, 5), ("pp2 tp2 ep2 sp dispatched mtp2", 4, 1)])
+@pytest.mark.parametrize(
+    ("plan", "num_redundant", "layers_at_once"), [("tp2 ep2 mtp3", 4, 5), more("pp2 tp2 ep2 sp dispatched mtp2", 4, 1)]
+)
 def test_drafts_stand_as_before(pool, hybrid, prompts, plan, num_redundant, layers_at_once):
     """The head's experts have maps and loads of their own, which the model's never touch."""
     made = settings(hybrid, plan, num_redundant, layers_at_once, num_pages=60)
@@ -176,7 +183,7 @@ def test_drafts_stand_as_before(pool, hybrid, prompts, plan, num_redundant, laye
         assert (loads[:-1] == loads[0]).all() and loads[-1] % TOP_K == 0
 
 
-@pytest.mark.parametrize("plan", ["tp2 ep2", "pp2 tp2 ep2 dispatched"])
+@pytest.mark.parametrize("plan", [more("tp2 ep2"), "pp2 tp2 ep2 dispatched"])
 def test_a_rank_that_dies_in_mid_rebalance_changes_no_token(pool, checkpoint, prompts, expected, plan):
     """At an offer: whatever of it some ranks have by then, those that live and the one that starts again agree."""
     made = settings(checkpoint, plan, 4, 4, step_timeout_s=20.0)
