@@ -32,7 +32,8 @@ def make_request(rng: random.Random, name: str, *, longest=90, **given) -> Reque
         "logprobs": rng.choice([None, 0]),
     }
     sampling["min_tokens"] = min(sampling["min_tokens"], sampling["max_tokens"])
-    return Request(id=name, prompt=prompt, sampling=Sampling(**sampling), priority=rng.choice([0, 0, 1]), **given)
+    routed = rng.random() < 0.3
+    return Request(id=name, prompt=prompt, sampling=Sampling(**sampling), priority=rng.choice([0, 0, 1]), routed_experts=routed, **given)
 
 
 class Driver:
@@ -182,6 +183,13 @@ class Driver:
                 if sampling.prompt_logprobs is not None and index == 0 and (got or heard[-1].finish_reason == "stop"):
                     (values,) = [e.prompt_logprobs for e in heard if e.prompt_logprobs is not None]
                     assert [v and v.token for v in values] == [None, *request.prompt[1:]]
+                told = [pair for e in heard if e.routed_experts is not None for pair in e.routed_experts.tolist()]
+                if request.routed_experts:
+                    num_told = len(request.prompt) + len(got) - (heard[-1].finish_reason != "stop") if got else len(told)
+                    assert len(told) >= num_told, "all rows that were computed for what it got"
+                    assert all(pair == [at, ([*request.prompt, *tokens])[at]] for at, pair in enumerate(told[:num_told]))
+                else:
+                    assert not told
         scheduler = self.scheduler
         assert (scheduler.num_pages_used, scheduler.num_running, scheduler.num_waiting, scheduler.num_queued) == (0, 0, 0, 0)
         assert scheduler._slots.num_free == scheduler.limits.max_num_seqs

@@ -268,6 +268,17 @@ def test_prompt_logprobs_bypass_reuse():
     assert driver.emissions["b", 0][0].num_cached_tokens == 0
 
 
+def test_requests_that_ask_for_experts_bypass_reuse():
+    """Also siblings, which then do not wait for each other; beside them nothing is told."""
+    driver = Driver(limits(max_num_batched_tokens=512))
+    for name, asks in (("a", False), ("b", True), ("c", False)):
+        driver.add(Request(id=name, prompt=[3] * 64, sampling=Sampling(max_tokens=2, n=2), routed_experts=asks))
+        driver.rush()
+    assert [driver.emissions[name, 0][0].num_cached_tokens for name in "abc"] == [0, 0, 48]
+    assert driver.emissions["b", 1][0].num_cached_tokens == 0
+    assert [step.num_routed for step in driver.steps if step.routed] == [128, 2]
+
+
 def test_siblings_reuse_the_prompt_of_the_first():
     driver = Driver(limits(max_num_batched_tokens=512))
     driver.add(request("a", 100, sampling={"n": 4}))

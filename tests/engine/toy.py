@@ -114,7 +114,7 @@ class Toy:
         assert len(set(slots)) == len(slots) > 0
         assert 0 <= step.drafts <= self.num_drafts
         fields = [self.of_items(step, name) for name in ("starts", "counts", "samples", "replays", "holds", "nexts")]
-        sampled, logprobs, prompts, drafts, row = [], [], [], [], 0
+        sampled, logprobs, prompts, drafts, routed, row = [], [], [], [], [], 0
         for item, (slot, start, count, samples, replays, holds, follows) in enumerate(zip(slots, *fields, strict=True)):
             given = tokens[row : row + count]
             row += count
@@ -132,6 +132,8 @@ class Toy:
                 self.states[slot] = states[0 if holds else -1]
                 if holds:
                     self.held[slot] = given
+            if item in array(step.routed):
+                routed += enumerate(given, start)
             sampling, prompt_len = self.samplings[slot], self.prompt_lens[slot]
             if sampling.prompt_logprobs is not None and start + 1 < prompt_len:
                 ends = range(start + 1, min(start + count + 1, prompt_len))
@@ -160,7 +162,10 @@ class Toy:
             self.snapshots[snapshot] = self.states[slot]
         self.num_rows += row
         asked = any(value is not None for value in logprobs)
-        return Outcome(step.epoch, step.number, 0, ints(sampled), logprobs if asked else [], prompts, drafts=ints(drafts))
+        experts = np.array(routed, np.int16).tobytes()  # of a row its position and its token
+        return Outcome(
+            step.epoch, step.number, 0, ints(sampled), logprobs if asked else [], prompts, drafts=ints(drafts), routed_experts=experts
+        )
 
     def of_items(self, step: Step, name: str) -> list[int]:
         """A field of the step by item; zeros where this model does not need it."""

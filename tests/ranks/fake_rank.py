@@ -5,6 +5,8 @@ import signal
 import sys
 import time
 
+import numpy as np
+
 from trireme.core.control import Fault, Found, Founded, Join, Joined, Parcel, Prepare, Prepared, open_message, pack_answer
 from trireme.core.step import Outcome, array, ints, peek_step
 from trireme.ranks.channel import BREAK, Beat, RankChannel
@@ -52,7 +54,17 @@ def serve(brief: Brief, channel: RankChannel, heart: Heart) -> None:
             if step.maps and step.maps[brief.stage] == staged > 0:
                 version, staged, stalled_s = staged, 0, 0.5
             loads = ints([1 + brief.rank, 2]) if step.counts_loads else b""
-            answer = Outcome(step.epoch, step.number, brief.stage, step.tokens, loads=loads, map_ready=version, stalled_s=stalled_s)
+            routed = np.array([7, -1] if brief.rank else [-1, 5], np.int16).tobytes() if step.routed else b""
+            answer = Outcome(
+                step.epoch,
+                step.number,
+                brief.stage,
+                step.tokens,
+                routed_experts=routed,
+                loads=loads,
+                map_ready=version,
+                stalled_s=stalled_s,
+            )
             if first == FAIL:
                 answer = Fault("rank", "the rank could not", brief.stage, step.epoch, step.number)
             elif first == EXIT:

@@ -14,7 +14,7 @@ import pytest
 
 from ranks import fake_rank
 from trireme.core.control import Found, Founded, Join, Status
-from trireme.core.step import Outcome, array
+from trireme.core.step import Outcome, array, ints
 from trireme.ranks import rank
 
 pytestmark = pytest.mark.ranks
@@ -52,6 +52,16 @@ def test_steps_are_answered_by_number_whatever_their_arrival(lead):
 def test_a_stage_holds_as_much_as_its_fullest_rank(lead, stage, num_snapshots):
     state = lead(stage=stage, pipeline_parallel_size=2, tensor_parallel_size=2).await_state("ready")
     assert (state.num_pages, state.num_snapshots) == (11, num_snapshots)
+
+
+def test_rows_that_several_ranks_routed_are_put_together(lead):
+    front = lead(tensor_parallel_size=2)
+    front.await_state("ready")
+    front.join()
+    for step in front.steps(1, 2, routed=[b"", ints([0])]):
+        front.post(step)
+    answers = [front.take(), front.take()]
+    assert [np.frombuffer(answer.routed_experts, np.int16).tolist() for answer in answers] == [[], [7, 5]]
 
 
 def test_deviations_are_faults_by_name_and_end_the_epoch(lead):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 
 from serve.tokenizers_for_tests import byte_level
@@ -214,6 +215,46 @@ def test_prompt_logprobs_once(text):
     assert outputs is not None and json.loads(outputs["prompt_logprobs"][0])[0] is None
     answer.take(emit(text.encode("user")))
     assert answer.outputs() == {"text_output": ["user"]}
+
+
+def routed(*rows: int) -> np.ndarray:
+    """Of rows with these numbers: two layers of two experts each."""
+    return np.array([[row, row + 1, row + 2, row + 3] for row in rows], np.int16)
+
+
+def test_experts_come_with_the_end_of_each_answer(text):
+    """Of three prompt tokens and what each answer has; a last token that no other followed was not computed."""
+    answer, (the, of) = make(text, stream=True, n=2, return_routed_experts=True), [text.encode(word)[0] for word in ("the", " of")]
+    answer.take(emit([the], routed_experts=routed(0, 1, 2)))
+    answer.take(emit([of], index=1, routed_experts=routed(10, 11, 12)))
+    outputs = answer.outputs()
+    assert outputs is not None and "routed_experts" not in outputs
+    answer.take(emit([of], "length", routed_experts=routed(3)))
+    outputs = answer.outputs()
+    assert outputs is not None and list(outputs["index"]) == [0]
+    assert outputs["routed_experts"].tolist() == [*routed(0, 1, 2, 3).ravel(), -1, -1, -1, -1]
+    answer.take(emit([], "stop", index=1, routed_experts=routed(13)))
+    outputs = answer.outputs()
+    assert outputs is not None and outputs["routed_experts"].tolist() == routed(10, 11, 12, 13).ravel().tolist()
+
+
+def test_experts_of_n_answers_in_one_response(text):
+    answer, of = make(text, n=2, return_routed_experts=True), text.encode(" of")[0]
+    for index in (1, 0):
+        answer.take(emit([of], "length", index=index, routed_experts=routed(index, 5, 6)))
+    outputs = answer.outputs()
+    assert outputs is not None
+    both = outputs["routed_experts"].reshape(2, 4, 4)
+    assert both[:, 0, 0].tolist() == [0, 1] and (both[:, 3] == -1).all()
+
+
+def test_experts_of_tokens_behind_a_stop_string_are_dropped(text):
+    answer = make(text, stop=("France",), return_routed_experts=True, return_num_output_tokens=True)
+    tokens = text.encode("of France is Paris")
+    assert answer.take(emit(tokens, routed_experts=routed(*range(len(tokens) + 2))))
+    outputs = answer.outputs()
+    assert outputs is not None
+    assert len(outputs["routed_experts"]) == 4 * (3 + outputs["num_output_tokens"][0]) < 4 * (2 + len(tokens))
 
 
 def test_tokens_alone_without_a_tokenizer():

@@ -63,6 +63,7 @@ def test_outputs_only_when_asked():
     assert order(input_ids=[1]).returns == {"output_ids"}
     assert order(text_input=b"hi", return_output_ids=True).returns == {"output_ids"}
     assert order(text_input=b"hi", logprobs=2, prompt_logprobs=1).returns == {"logprobs", "prompt_logprobs"}
+    assert order(text_input=b"hi", return_routed_experts=True).returns == {"routed_experts"}
     read = order(text_input=b"hi", return_cumulative_logprob=True)
     assert read.returns == {"cumulative_logprob"} and sampling(read).logprobs == 0
 

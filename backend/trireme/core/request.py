@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import msgspec
+import numpy as np
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -48,6 +49,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     sampling: Sampling
     priority: int = 0
     deadline: float | None = None
+    routed_experts: bool = False  # whether each token's experts are told
 
 
 class Logprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -68,6 +70,7 @@ class Emission(msgspec.Struct, frozen=True, kw_only=True):
     tokens: list[int] = []  # without the stop token that ended it
     logprobs: list[Logprobs] = []  # one for each of `tokens`, where asked
     prompt_logprobs: list[Logprobs | None] | None = None  # once, with the first token; None for the first position
+    routed_experts: np.ndarray | None = None  # int16 [rows, layers * experts of a row], where asked: rows computed since the last emission
     finish_reason: str | None = None  # "stop" | "length" | "cancelled" | "deadline" | "error"
     error: Exception | None = None  # with finish_reason "error", "cancelled" or "deadline"
     num_cached_tokens: int = 0  # prompt tokens whose pages were reused

@@ -94,6 +94,7 @@ class Step(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     nexts: bytes = b""  # int32 [items]: the token after an item's last row, -1 where that row is sampled
     drafts: int = 0  # tokens that the last stage drafts for each item that samples
     counts_loads: bool = False  # whether ranks report the loads of their experts with this step
+    routed: bytes = b""  # int32: items of which the experts of every row are told
     maps: list[int] = []  # version of each stage's expert maps from this step on; empty: none was ever changed
 
     @property
@@ -116,6 +117,11 @@ class Step(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     def num_drafts(self) -> int:
         """Tokens that the last stage drafts for all items."""
         return self.drafts * int(np.count_nonzero(array(self.samples)))
+
+    @property
+    def num_routed(self) -> int:
+        """Rows of which the experts are told."""
+        return int(array(self.counts)[array(self.routed)].sum())
 
 
 class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -147,6 +153,9 @@ class Outcome(msgspec.Struct, frozen=True, array_like=True, tag="outcome"):
     prompt_logprobs: list[PromptLogprobs] = []
     clock: Clock = Clock()
     drafts: bytes = b""  # int32 [items that sample, Step.drafts]
+    # int16 [Step.num_routed, layers with experts, experts of a row]: which experts each row was given, heaviest first. Of one rank
+    # -1 where another has routed the row, or nothing
+    routed_experts: bytes = b""
     loads: bytes = b""  # int32 [layers with experts, num_experts]: rows that each was given since the last report
     map_ready: int = 0  # version of the stage's expert maps that all its ranks have prepared, or have
     stalled_s: float = 0.0  # that this step waited for new maps to be put in force

@@ -9,6 +9,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+import msgspec
+import numpy as np
+
 from trireme.core.control import (
     Answer,
     Ask,
@@ -58,6 +61,14 @@ class Returned(NamedTuple):
     outcomes: list[Outcome]
     posted: list[float]
     answered: list[float]
+
+    @property
+    def outcome(self) -> Outcome:
+        """The last stage's, with the experts that all stages tell of, in the order of layers."""
+        if not self.step.routed:
+            return self.outcomes[-1]
+        told = [np.frombuffer(outcome.routed_experts, np.int16).reshape(self.step.num_routed, -1) for outcome in self.outcomes]
+        return msgspec.structs.replace(self.outcomes[-1], routed_experts=np.concatenate(told, axis=1).tobytes())
 
 
 class Broken(NamedTuple):
@@ -281,6 +292,8 @@ def _what_is_wrong(answer: Answer | Exception, step: Step, *, is_last: bool) -> 
         return f"answered {num_tokens} tokens for {step.num_samples} samples"
     if is_last and num_drafts != step.num_drafts:
         return f"answered {num_drafts} drafts of {step.num_drafts}"
+    if step.routed and len(answer.routed_experts) % (2 * step.num_routed):
+        return f"answered {len(answer.routed_experts)} bytes of experts for {step.num_routed} rows"
     return ""
 
 

@@ -140,7 +140,7 @@ class Scheduler:
         self._groups[request.id] = group
         if request.deadline is not None:
             heappush(self._deadlines, (request.deadline, group.order, group))
-        share_prompt = self._reuses and len(request.prompt) > PAGE
+        share_prompt = self._reuses and not request.routed_experts and len(request.prompt) > PAGE
         for sequence in group.sequences:
             if share_prompt and sequence.index > 0:
                 sequence.state = State.HELD
@@ -222,6 +222,7 @@ class Scheduler:
         if not sheet.sequences:
             return None
         self._look_ahead(sheet)
+        sheet.routed = np.flatnonzero(self._slots.routed[sheet.items[0]])
         self._flights.append(sheet.flight())
         self._prompt_rows_in_flight += sheet.prompt_rows
         self._prefilled = sheet.prompt_rows > 0
@@ -369,6 +370,7 @@ class Scheduler:
             held=len(sequence.pages),
             fed=self.limits.fed_back and self.limits.inflight > 1 and not sequence.sampling.waits_for_token,
             drafting=sequence.drafts,
+            routed=sequence.routed is not None,
         )
         self._running[sequence.slot] = sequence
         self._prompts.add(sequence)
@@ -479,6 +481,8 @@ class Scheduler:
             stands = flight.samples
             self._slots.known[flight.sampled] += 1
             self._slots.token[flight.sampled] = sampled
+        if flight.routed:
+            self._take_routed(flight, stands, np.frombuffer(outcome.routed_experts, np.int16))
         now, tokens, logprobs, at = self._clock(), sampled.tolist(), outcome.logprobs, 0
         for sequence, end, samples, stand in zip(flight.sequences, flight.ends, flight.samples, stands, strict=True):
             if end > sequence.furthest:
@@ -490,6 +494,15 @@ class Scheduler:
                 elif end >= (sequence.num_named + 1) * PAGE:
                     self._name_pages(sequence, end)
             at += samples
+
+    def _take_routed(self, flight: Flight, stands: list[int], told: np.ndarray) -> None:
+        """Experts of rows, int16 [rows * layers * experts of a row]. Rows of drafts that did not stand are nobody's."""
+        rows, at = told.reshape(sum(count for *_, count in flight.routed), -1), 0
+        for item, start, count in flight.routed:
+            routed = flight.sequences[item].routed
+            assert routed is not None, "its slot says so"
+            routed.take(start, rows[at : at + (stands[item] if flight.samples[item] > 1 else count)])
+            at += count
 
     def _name_pages(self, sequence: Sequence, num_tokens: int) -> None:
         """Let reuse find the full pages among the first tokens of a log, all computed."""
@@ -521,14 +534,23 @@ class Scheduler:
         self.stats.generation_tokens += len(tokens)
         if end >= (sequence.num_named + 1) * PAGE:
             self._name_pages(sequence, min(end, len(sequence.log)))
+        routed_experts = sequence.routed.tell() if sequence.routed is not None else None
         if reason is not None:
-            return self._finish(sequence, reason, tokens=tokens, logprobs=logprobs[: len(tokens)], prompt_logprobs=prompt_logprobs)
+            return self._finish(
+                sequence,
+                reason,
+                tokens=tokens,
+                logprobs=logprobs[: len(tokens)],
+                prompt_logprobs=prompt_logprobs,
+                routed_experts=routed_experts,
+            )
         return Emission(
             request_id=group.request.id,
             index=sequence.index,
             tokens=tokens,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
+            routed_experts=routed_experts,
             num_cached_tokens=sequence.num_cached or 0,
         )
 

@@ -10,6 +10,7 @@ import msgspec
 
 from trireme.core.request import Logprobs, Request, Sampling
 from trireme.core.step import PAGE
+from trireme.engine.routed import RoutedRows
 
 
 def pages_of(num_tokens: int) -> int:
@@ -55,6 +56,7 @@ class Sequence:
         "prompt_len",
         "prompt_logprobs",
         "rank",
+        "routed",
         "sampling",
         "slot",
         "state",
@@ -87,6 +89,7 @@ class Sequence:
         self.prompt_logprobs: list[Logprobs | None] | None = None  # filled chunk by chunk, emitted with the first token
         if self.sampling.prompt_logprobs is not None:
             self.prompt_logprobs = [None for _ in request.prompt]
+        self.routed = RoutedRows() if request.routed_experts else None
         self.emitted_at = 0.0  # clock seconds of the last token
         self.furthest = 0  # tokens ever computed by a step that returned
         self.furthest_at_strike = -1
@@ -98,8 +101,8 @@ class Sequence:
 
     @property
     def reuses(self) -> bool:
-        """Whether pages of others may stand in: not where every prompt row must give its logprobs."""
-        return self.sampling.prompt_logprobs is None
+        """Whether pages of others may stand in: not where every prompt row must give its logprobs, or its experts."""
+        return self.sampling.prompt_logprobs is None and self.routed is None
 
     @property
     def drafts(self) -> bool:

@@ -27,6 +27,7 @@ class Flight:
     prompt_rows: int
     drafts: int  # that the last stage makes for each item that samples
     verifies: bool  # whether an item has drafts among its rows
+    routed: list[tuple[int, int, int]]  # (item, position of its first row, rows) of those that tell the experts of their rows
 
 
 class Sheet:
@@ -44,6 +45,7 @@ class Sheet:
         self.saves: list[tuple[bytes, int]] = []  # (name of a prefix, slot whose states stand for it after the step)
         self.drafts = 0
         self.returns = False
+        self.routed = np.zeros(0, np.int64)  # items that tell the experts of their rows
         self._parts: list[np.ndarray] = []  # int32 [6, n] each, of `items`
         self._tokens: list[bytes] = []
 
@@ -83,7 +85,9 @@ class Sheet:
         rows = samples.tolist()
         verifies = sum(rows) > len(self.sampled)
         ends = starts + counts - np.maximum(samples - 1, 0) if verifies else starts + counts
-        return Flight(self.number, self.sequences, ends.tolist(), rows, self.sampled, self.prompt_rows, self.drafts, verifies)
+        at = self.routed
+        routed = list(zip(at.tolist(), starts[at].tolist(), counts[at].tolist(), strict=True))
+        return Flight(self.number, self.sequences, ends.tolist(), rows, self.sampled, self.prompt_rows, self.drafts, verifies, routed)
 
     def step(self, epoch: int, limits: Limits, snapshots: Snapshots, maps: list[int]) -> Step:
         """The whole. Snapshots are taken only now: one that is saved by this step is there for the next. `maps`: version of each
@@ -112,6 +116,7 @@ class Sheet:
             nexts=nexts.tobytes() if limits.num_drafts else b"",
             drafts=self.drafts,
             counts_loads=limits.count_every is not None and (self.number + 1) % limits.count_every == 0,
+            routed=ints(self.routed),
             maps=maps if any(maps) else [],
         )
 

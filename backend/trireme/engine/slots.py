@@ -28,6 +28,7 @@ class Slots:
         self.decoding = np.zeros(num_slots, bool)  # its whole log has been planned
         self.fed = np.zeros(num_slots, bool)  # may run ahead of its tokens
         self.drafting = np.zeros(num_slots, bool)  # may have drafts
+        self.routed = np.zeros(num_slots, bool)  # tells the experts of its rows
         self.drafts = np.zeros((num_slots, most_drafts), np.int64)
         self.num_drafts = np.zeros(num_slots, np.int64)  # of `drafts`, those for the next item, or in the one in flight
         self.awaits = np.full(num_slots, -1, np.int64)  # the last step that brings or verifies its drafts: it cannot run ahead of that
@@ -38,12 +39,13 @@ class Slots:
     def num_free(self) -> int:
         return len(self._free)
 
-    def open(self, *, planned: int, length: int, limit: int, held: int, fed: bool, drafting: bool) -> int:
+    def open(self, *, planned: int, length: int, limit: int, held: int, fed: bool, drafting: bool, routed: bool) -> int:
         """The number of a free slot, taken."""
         slot = self._free.pop()
         self.planned[slot], self.known[slot], self.length[slot] = planned, length, length
         self.limit[slot], self.held[slot], self.fed[slot] = limit, held, fed
         self.last_step[slot], self.live[slot], self.decoding[slot] = -1, True, False
+        self.routed[slot] = routed
         self.drafting[slot], self.num_drafts[slot], self.awaits[slot], self.replays[slot] = drafting, 0, -1, 0
         return slot
 

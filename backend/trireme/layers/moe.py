@@ -58,6 +58,8 @@ class Moe(Block):
         weights, experts = self.route(self.router(x), self._top_k, self._renormalise)
         if self.loads is not None and (self._first_copy or batch.shared is not None):  # without context shards copies see the same rows
             self.count(experts, batch.num_rows, self.loads)
+        if batch.routed is not None:
+            batch.routed.append(experts.to(torch.int16))
         slots = self.placement.slots(experts)
         if self._keeps_picks:
             self.picks = slots

@@ -61,7 +61,7 @@ class Drafter:
     ) -> torch.Tensor | None:
         """The head's pass over a step, and if it asks for drafts, int32 [items that sample, Step.drafts]. `normed` [T, H]: the
         decoder's rows; `sampled` int64 [S]: tokens of the rows that are sampled."""
-        batch = replace(batch, tokens=self._nexts(step, rows, deal, sampled))
+        batch = replace(batch, tokens=self._nexts(step, rows, deal, sampled), routed=None)
         if not step.drafts or sampled is None:
             self._head.keep(normed, batch, deal)
             return None

@@ -62,6 +62,7 @@ class _Call:
     answers: dict[int, Parcel] = field(default_factory=dict)  # by rank
     map_version: int = 0  # of the expert maps that a step is stamped with
     counts_loads: bool = False
+    tells_experts: bool = False  # of rows that each may have a part of
     prepare: Prepare | None = None  # what a rank may fail to do, and the epoch goes on
 
 
@@ -133,7 +134,8 @@ class Leader:
             elif isinstance(message, memoryview):
                 assert step is not None, "a message is an ask or a step"
                 version = step.maps[self._stage] if step.maps else 0
-                call = _Call(done, parcel, step.epoch, step.number, map_version=version, counts_loads=step.counts_loads)
+                call = _Call(done, parcel, step.epoch, step.number, map_version=version)
+                call.counts_loads, call.tells_experts = step.counts_loads, bool(step.routed)
                 self._take_step(step, packed, call)
             elif isinstance(message, Prepare):
                 self._refuse(_Call(done, parcel, message.epoch), "map", "expert maps come from a stage's own side")
@@ -347,7 +349,7 @@ class Leader:
         if call.number < 0:
             return first
         self._num_uncounted += 1
-        if not call.counts_loads and self._maps.settled and self._maps.ready == call.map_version:
+        if not (call.counts_loads or call.tells_experts) and self._maps.settled and self._maps.ready == call.map_version:
             return first
         outcomes = [open_answer(call.answers[rank].packed) for rank in sorted(call.answers)]
         outcomes = [outcome for outcome in outcomes if isinstance(outcome, Outcome)]
@@ -357,7 +359,14 @@ class Leader:
         if loads and self._push is not None:
             self._pushes.append(self._maps.push(self._stage, call.number, call.map_version, np.sum(loads, axis=0), self._num_uncounted))
             self._num_uncounted = 0
-        return Parcel(pack_answer(msgspec.structs.replace(outcomes[0], loads=b"", map_ready=self._maps.ready)), first.rows)
+        routed = [np.frombuffer(outcome.routed_experts, np.int16) for outcome in outcomes if outcome.routed_experts]
+        answer = msgspec.structs.replace(
+            outcomes[0],
+            loads=b"",
+            map_ready=self._maps.ready,
+            routed_experts=np.max(routed, axis=0).tobytes() if routed else b"",  # each row from the rank that does not say -1
+        )
+        return Parcel(pack_answer(answer), first.rows)
 
     def _look(self, context: zmq.Context, answers: channel.AnswerSocket, now: float, *, slept: bool) -> None:
         """Find the dead and the late; start ranks whose time has come."""

@@ -29,6 +29,7 @@ from trireme.ranks.graphs import Graphs, buckets, why_none
 from trireme.ranks.logprobs import Prompts, Stretch
 from trireme.ranks.memory import Sizes, check_states, find_room, num_pages, num_snapshots
 from trireme.ranks.mixtures import Mixtures
+from trireme.ranks.routed import tell_routed
 from trireme.ranks.rows import Rows, lay_out
 from trireme.ranks.sampler import Sampled, Sampler
 from trireme.ranks.staging import download, upload
@@ -134,13 +135,15 @@ class Runner:
 
         self._states.restore(step.restores)
         stretches = self._prompts.stretches(rows)
-        batch = None
-        if self._graphs and rows.only_decodes and not stretches and not step.drafts:
+        batch, routed = None, bytes
+        if self._graphs and rows.only_decodes and not (stretches or step.drafts or step.routed):
             computed = self._graphs.run(rows, self._table_of(rows.slots, rows.ends), received)
         else:
             head_rows = np.concatenate([rows.sampled, *(stretch.rows for stretch in stretches)])
-            batch = self._batch(rows, deal, head_rows, self._plan_attention(rows, deal))
+            batch = self._batch(rows, deal, head_rows, self._plan_attention(rows, deal), routed=[] if step.routed else None)
             computed = self._decoder.forward(batch, deal, received)
+            if batch.routed is not None:
+                routed = tell_routed(self._decoder, deal, step, rows, batch.routed)
         carries, read, report = None, Outcome, None
         if self._is_last:
             logits = CutLogits(computed.rows, self._vocab_size, self._along_vocabulary)
@@ -157,9 +160,9 @@ class Runner:
         def finish() -> tuple[Answer, np.ndarray | None]:
             watch.wait()
             outcome = read(step.epoch, step.number, self._stage, clock=watch.clock())
-            loads = report() if report is not None else b""
-            if loads or version or watch.stalled_s():
-                outcome = msgspec.structs.replace(outcome, loads=loads, map_ready=version, stalled_s=watch.stalled_s())
+            loads, told = report() if report is not None else b"", routed()
+            if loads or told or version or watch.stalled_s():
+                outcome = msgspec.structs.replace(outcome, routed_experts=told, loads=loads, map_ready=version, stalled_s=watch.stalled_s())
             return outcome, carries
 
         return Pending(self._device.type != "cpu", finish)
@@ -189,7 +192,14 @@ class Runner:
         ends = (rows.starts[chunks.items] + chunks.begins + chunks.counts).astype(np.int32)
         return self._decoder.plan_attention(chunks.counts.astype(np.int32), ends, self._table_of(rows.slots[chunks.items], ends))
 
-    def _batch(self, rows: Rows, deal: Deal, head_rows: np.ndarray, attention: Mapping[int, Attend]) -> Batch:
+    def _batch(
+        self,
+        rows: Rows,
+        deal: Deal,
+        head_rows: np.ndarray,
+        attention: Mapping[int, Attend],
+        routed: list[torch.Tensor] | None = None,
+    ) -> Batch:
         """This rank's part of a step."""
         mine = deal.own()
         context = [deal.own(rank) for rank in self._context] if deal.regime.cp else []
@@ -215,6 +225,7 @@ class Runner:
             caches=self._caches,
             head_rows=heads,
             items=Items(slots, fresh, rows.counts, rows.replays, rows.holds, {}),
+            routed=routed,
         )
 
     @cached_property
@@ -322,7 +333,7 @@ class Runner:
                 scratch_page=self.num_pages,
                 max_pages=self._page_table.shape[1],
             )
-            self.graphs = str(self._graphs)
+            self.graphs = f"{self._graphs}{'; none for steps that tell experts' if self._decoder.mixtures else ''}"
 
     def _allocate(self, num_pages: int, num_snapshots: int) -> None:
         """The caches of all blocks, in place of those there were, which are freed first."""

@@ -6,10 +6,14 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from trireme.core.refusal import Refusal
 from trireme.core.request import Emission, Logprobs, Sampling
 from trireme.serve.signature import Order
 from trireme.serve.text import StopText, Text, TokenText
+
+Values = list[Any] | np.ndarray  # of an output, flat
 
 
 class Answer:
@@ -44,7 +48,7 @@ class Answer:
         sequence.take(emission)
         return sequence.finish is not None and emission.finish_reason is None
 
-    def outputs(self) -> dict[str, list[Any]] | None:
+    def outputs(self) -> dict[str, Values] | None:
         """Values by output name for one response, or None while there is nothing to send."""
         if self._order.stream:
             fresh = [sequence for sequence in self._sequences if sequence.worth_sending()]
@@ -52,8 +56,8 @@ class Answer:
             fresh = self._sequences if self.done else []
         return self._gather(fresh) if fresh else None
 
-    def _gather(self, sequences: Sequence[_Sequence]) -> dict[str, list[Any]]:
-        values: dict[str, list[Any]] = {
+    def _gather(self, sequences: Sequence[_Sequence]) -> dict[str, Values]:
+        values: dict[str, Values] = {
             "text_output": [self._prefix + sequence.text for sequence in sequences],
             "finish_reason": [str(sequence.finish) for sequence in sequences],
             "num_input_tokens": [self._num_input],
@@ -66,6 +70,8 @@ class Answer:
         wanted = {"text_output", *self._order.returns}
         if "logprobs" in wanted:
             values["logprobs"] = [self._json(sequence.logprobs) for sequence in sequences]
+        if "routed_experts" in wanted and (ended := [sequence for sequence in sequences if sequence.ends]):
+            values["routed_experts"] = np.concatenate([sequence.routed_experts() for sequence in ended])
         if self._prompt_logprobs is not None:
             values["prompt_logprobs"] = [self._json(self._prompt_logprobs)]
             self._prompt_logprobs = None
@@ -100,6 +106,8 @@ class _Sequence:
         self.logprobs: list[Logprobs] = []
         self.cumulative = 0.0  # over what is sent, too
         self.finish: str | None = None
+        self._num_input = len(prompt)
+        self._routed: list[np.ndarray] = []  # int16 [rows, numbers of a row] each
         self._order, self._min_tokens = order, sampling.min_tokens
         self._writer = TokenText(text, prompt=prompt, skip_special_tokens=order.skip_special_tokens) if text else None
         self._stops = StopText(sampling.stop, include=order.include_stop) if sampling.stop else None
@@ -108,6 +116,9 @@ class _Sequence:
 
     def take(self, emission: Emission) -> None:
         used, stopped = self._write(emission.tokens)
+        self._num_tokens += used
+        if emission.routed_experts is not None:
+            self._routed.append(emission.routed_experts)
         self.tokens += emission.tokens[:used]
         self.logprobs += emission.logprobs[:used]
         self.cumulative += sum(entry.value for entry in emission.logprobs[:used])
@@ -123,9 +134,8 @@ class _Sequence:
             self.text += self._writer.feed(tokens)
             return len(tokens), False
         for used, token in enumerate(tokens, 1):
-            self._num_tokens += 1
             piece = self._writer.feed([token])
-            if self._num_tokens <= self._min_tokens:  # a stop string may not end it yet
+            if self._num_tokens + used <= self._min_tokens:  # a stop string may not end it yet
                 self.text += piece
                 continue
             out, found = self._stops.feed(piece)
@@ -149,6 +159,17 @@ class _Sequence:
         if self.text or (self.tokens and "output_ids" in self._order.returns):
             return True
         return self.finish is not None and not self._ended and (not self._began or bool(self._order.returns))
+
+    @property
+    def ends(self) -> bool:
+        """Whether the next response is its last."""
+        return self.finish is not None and not self._ended
+
+    def routed_experts(self) -> np.ndarray:
+        """int16, flat: of each token of prompt and answer; -1 where it was not computed."""
+        num_tokens = self._num_input + self._num_tokens
+        rows = np.concatenate(self._routed)[:num_tokens]
+        return np.pad(rows, ((0, num_tokens - len(rows)), (0, 0)), constant_values=-1).ravel()
 
     def sent(self) -> None:
         self.text, self.tokens, self.logprobs = "", [], []

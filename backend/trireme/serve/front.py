@@ -31,7 +31,7 @@ from trireme.core.settings import read_settings
 from trireme.engine.engine import Engine
 from trireme.engine.sampling import Defaults, make_sampling
 from trireme.models.spec import read_spec
-from trireme.serve.answer import Answer
+from trireme.serve.answer import Answer, Values
 from trireme.serve.bls import BlsStages
 from trireme.serve.checks import check_checkpoint, check_devices, check_instance, check_server, server_flags
 from trireme.serve.exchange import ask
@@ -75,6 +75,7 @@ class Front:
         spec = read_spec(model)
         self._max_model_len = settings.max_model_len or spec.max_position_embeddings
         self._vocab_size = spec.vocab_size
+        self._has_experts = any(spec.sparse)
         self._defaults = Defaults.of(model, settings.default_max_tokens)
         self._text = Text.read(Path(settings.tokenizer) if settings.tokenizer else model)
         self._log = logger("front")
@@ -175,13 +176,16 @@ class Front:
         )
         if sampling.stop and self._text is None:
             raise Refusal("stop strings need a tokenizer", why="this checkpoint has no tokenizer.json", fix="send stop_token_ids")
+        routed_experts = "routed_experts" in order.returns
+        if routed_experts and not self._has_experts:
+            raise Refusal("return_routed_experts is not for this model", why="no layer of it has experts", fix="leave it out")
         id = str(next(self._numbers))
         stream = self._streams[id] = _Stream(id, sender, Answer(order, sampling, prompt, prompt_text, self._text))
         timeout_s = order.timeout_s or request.timeout() / 1e6 or self._settings.request_timeout_s
         deadline = time.monotonic() + timeout_s if timeout_s else None
         try:
             self._engine.submit(
-                Request(id=id, prompt=prompt, sampling=sampling, priority=order.priority, deadline=deadline),
+                Request(id=id, prompt=prompt, sampling=sampling, priority=order.priority, deadline=deadline, routed_experts=routed_experts),
                 lambda emission: self._receive(stream, emission),
             )
         except Refusal:
@@ -279,9 +283,9 @@ def _values(tensor: Any) -> list[Any]:
     return [float(str(value)) for value in flat] if flat.dtype == np.float32 else flat.tolist()
 
 
-def _tensor(name: str, values: list[Any]) -> Any:
+def _tensor(name: str, values: Values) -> Any:
     if _DTYPES[name] is np.object_:
-        values = [value.encode() for value in values]
+        return pb_utils.Tensor(name, np.array([value.encode() for value in values], dtype=np.object_))
     return pb_utils.Tensor(name, np.array(values, dtype=_DTYPES[name]))
 
 

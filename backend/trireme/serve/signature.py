@@ -50,6 +50,7 @@ INPUTS = (
     Field("return_num_output_tokens", "BOOL", 1, "send num_output_tokens"),
     Field("return_output_ids", "BOOL", 1, "send output_ids"),
     Field("return_log_probs", "BOOL", 1, "TensorRT-LLM: output_log_probs and cum_log_probs"),
+    Field("return_routed_experts", "BOOL", 1, "SGLang: send routed_experts; the prompt is computed whole, no pages are reused"),
     Field("max_tokens", "INT32", 1, "most tokens to make"),
     Field("min_tokens", "INT32", 1, "no end before so many tokens"),
     Field("min_length", "INT32", 1, "TensorRT-LLM: min_tokens"),
@@ -87,6 +88,13 @@ OUTPUTS = (
     Field("cumulative_logprob", "FP32", -1, "sum over the answer so far"),
     Field("logprobs", "STRING", -1, "JSON as in vLLM: for each token {id: {logprob, rank, decoded_token}}"),
     Field("prompt_logprobs", "STRING", 1, "JSON as logprobs, null for the first token; with the first response"),
+    Field(
+        "routed_experts",
+        "INT32",
+        -1,
+        "with an answer's end: [num_input_tokens + tokens of the answer, layers with experts, experts of a token] flat, heaviest first;"
+        " of n answers one after another; -1 for a last token that no other followed, since it was not computed",
+    ),
     Field("output_log_probs", "FP32", -1, "TensorRT-LLM: one for each of output_ids"),
     Field("cum_log_probs", "FP32", -1, "TensorRT-LLM: cumulative_logprob"),
 )
@@ -101,7 +109,8 @@ EPLB_OUTPUTS = (Field("MESSAGE", "UINT8", -1, "the packed offer"), Field("text_o
 
 _PROMPTS = ("text_input", "messages", "input_ids")
 _RETURNS = {
-    f"return_{name}": (name,) for name in ("finish_reason", "cumulative_logprob", "logprobs", "num_input_tokens", "num_output_tokens")
+    f"return_{name}": (name,)
+    for name in ("finish_reason", "cumulative_logprob", "logprobs", "num_input_tokens", "num_output_tokens", "routed_experts")
 }
 _RETURNS |= {"return_output_ids": ("output_ids",), "return_log_probs": ("output_log_probs", "cum_log_probs")}
 _NEED_LOGPROBS = {"logprobs", "cumulative_logprob", "output_log_probs", "cum_log_probs"}
