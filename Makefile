@@ -31,7 +31,7 @@ test: env $(MODEL) ## lint, then every test tier this machine has hardware for (
 	$(PYTEST) $(SPREAD) $(ALONE) $(ARGS) || [ $$? -eq $(NONE_CHOSEN) ]
 	$(PYTEST) --durations=15 $(TOGETHER) $(ARGS) || [ $$? -eq $(NONE_CHOSEN) ]
 
-test-plans: env ## the whole grid of plans against transformers, and the support matrix that follows (15 minutes on 2 cores)
+test-plans: env ## the whole grid of plans against transformers, and the support matrix that follows (20 minutes on 2 cores)
 	$(PYTEST) -m "grid or not grid" tests/plans/test_grid.py tests/plans/test_rebalance.py $(ARGS)
 	$(TRIREME) plan --matrix --results build/plans.json
 

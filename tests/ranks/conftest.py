@@ -50,9 +50,10 @@ class Front:
     def take(self, timeout: float = 20.0):
         return self.answers.get(timeout=timeout)
 
-    def await_state(self, state: str, timeout: float = 20.0):
+    def await_state(self, state: str, timeout: float = 20.0, *, restarts: int = 0):
+        """`restarts`: deaths of ranks that are known by then; ranks that die together need not be found dead together."""
         deadline = time.monotonic() + timeout
-        while (found := self.ask(Status())).state != state:
+        while (found := self.ask(Status())).state != state or found.restarts < restarts:
             assert time.monotonic() < deadline, found
             time.sleep(0.02)
         return found
