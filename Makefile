@@ -4,9 +4,9 @@ TRIREME := .venv/bin/trireme
 PYTEST  := .venv/bin/python -m pytest
 MODEL   := models/SmolLM2-135M-Instruct/source.json
 
-# Tests that stay in their process are dealt out over the cores; those that start ranks and servers need all of them, one by one.
-ALONE    := $(addprefix tests/,core engine kernels layers layout models parallel serve weights)
-TOGETHER := $(addprefix tests/,plans ranks server tools)
+# Tests are dealt out over the cores, file by file; those that start servers need all cores, one by one.
+DEALT    := $(addprefix tests/,core engine kernels layers layout models parallel plans ranks serve weights)
+IN_TURN  := $(addprefix tests/,server tools)
 SPREAD   := -n auto --maxprocesses 4 --dist loadfile
 NONE_CHOSEN := 5
 
@@ -28,11 +28,11 @@ chat: env ## talk to a running server in the terminal
 
 test: env $(MODEL) ## lint, then every test tier this machine has hardware for (ARGS='-k name' for some)
 	.venv/bin/ruff check .
-	$(PYTEST) $(SPREAD) $(ALONE) $(ARGS) || [ $$? -eq $(NONE_CHOSEN) ]
-	$(PYTEST) --durations=15 $(TOGETHER) $(ARGS) || [ $$? -eq $(NONE_CHOSEN) ]
+	$(PYTEST) $(SPREAD) --durations=15 $(DEALT) $(ARGS) || [ $$? -eq $(NONE_CHOSEN) ]
+	$(PYTEST) --durations=15 $(IN_TURN) $(ARGS) || [ $$? -eq $(NONE_CHOSEN) ]
 
 test-plans: env ## the whole grid of plans against transformers, and the support matrix that follows (20 minutes on 2 cores)
-	$(PYTEST) -m "grid or not grid" tests/plans/test_grid.py tests/plans/test_rebalance.py $(ARGS)
+	$(PYTEST) -m "grid or not grid" tests/plans/test_grid.py tests/plans/test_rebalance.py tests/plans/test_routed.py $(ARGS)
 	$(TRIREME) plan --matrix --results build/plans.json
 
 bench: env $(MODEL) ## one stream offline, and eight through a server that `make serve` keeps: both against transformers
