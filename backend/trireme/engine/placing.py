@@ -60,15 +60,6 @@ class Slots(NamedTuple):
             )
 
 
-class Move(NamedTuple):
-    """A slot that gets another expert."""
-
-    rank: int
-    slot: int  # of the layer
-    expert: int
-    near: bool  # the rank has the expert in another slot already: nothing is received
-
-
 def trivial(slots: Slots) -> np.ndarray:
     """int32 [num_slots]: slot s holds expert s % num_experts."""
     return (np.arange(slots.num_slots) % slots.num_experts).astype(np.int32)
@@ -244,21 +235,9 @@ def settle(current: np.ndarray, found: np.ndarray, slots: Slots) -> np.ndarray:
     return settled
 
 
-def moves(old: np.ndarray, new: np.ndarray, slots_per_rank: int) -> list[Move]:
-    """The slots that differ between two maps [num_slots]. Whoever has two slots of one new expert to fill receives it once."""
-    found: list[Move] = []
-    for slot in np.flatnonzero(old != new).tolist():
-        rank, expert = slot // slots_per_rank, int(new[slot])
-        has = old[rank * slots_per_rank : (rank + 1) * slots_per_rank]
-        received = any(move.rank == rank and move.expert == expert for move in found)
-        found.append(Move(rank, slot, expert, near=received or expert in has))
-    return found
-
-
 def received(old: np.ndarray, new: np.ndarray, slots: Slots) -> np.ndarray:
-    """int64 [num_ranks]: experts that each rank must get from another one."""
-    far = [move.rank for move in moves(old, new, slots.per_rank) if not move.near]
-    return np.bincount(far, minlength=slots.num_ranks)
+    """int64 [num_ranks]: experts that each rank must get from another one, from a map [num_slots] to a new one."""
+    return ((held(new, slots) > 0) & (held(old, slots) == 0)).sum(axis=1)
 
 
 def _in_place(has: np.ndarray, wants: np.ndarray) -> np.ndarray:
