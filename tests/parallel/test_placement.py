@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from trireme.parallel.placement import Choice, Placement, fingerprint, is_legal, slots_of, static_slots, trivial_map
+from trireme.core.maps import is_legal, trivial_map
+from trireme.parallel.placement import Choice, Placement, fingerprint, slots_of, static_slots
 
 EXPERTS = 8
 

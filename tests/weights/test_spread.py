@@ -14,9 +14,9 @@ import torch
 from chained import Chained, build_decoder
 from parallel.test_placement import random_map
 from tiny import fuse_experts, random_prompts, tiny_checkpoint
+from trireme.core.maps import trivial_map
 from trireme.core.refusal import Refusal
 from trireme.models.decoder import Decoder
-from trireme.parallel.placement import trivial_map
 from trireme.parallel.plan import Plan
 from trireme.weights.load import fill_dummy, load
 from trireme.weights.names import sort

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from trireme.core.control import Offer, Push
+from trireme.core.maps import is_legal
 from trireme.core.refusal import Refusal
 from trireme.core.settings import Eplb
 from trireme.engine import eplb_file
@@ -52,7 +53,7 @@ def initial_maps(eplb: Eplb, stages: Sequence[StageExperts], origin: Origin) -> 
     for stage, experts in enumerate(stages):
         if with_maps:
             maps = _take(contents, stage, "maps", (len(experts.layers), experts.slots.num_slots)).astype(np.int32)
-            if any(set(map_.tolist()) != set(range(experts.slots.num_experts)) for map_ in maps):
+            if not all(is_legal(map_, experts.slots.num_experts, experts.slots.num_slots) for map_ in maps):
                 what = f"a map of stage {stage} in {contents.path} does not have every expert"
                 raise Refusal(what, why="tokens that go to a missing one would be wrong", fix="use a file that the model `eplb` saved")
             found.append(maps)

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from trireme.core.maps import trivial_map
 from trireme.core.refusal import Refusal
 
 Policy = Literal["auto", "hierarchical", "global", "skew", "minimal"]
@@ -62,7 +63,7 @@ class Slots(NamedTuple):
 
 def trivial(slots: Slots) -> np.ndarray:
     """int32 [num_slots]: slot s holds expert s % num_experts."""
-    return (np.arange(slots.num_slots) % slots.num_experts).astype(np.int32)
+    return trivial_map(slots.num_experts, slots.num_slots)
 
 
 def held(placed: np.ndarray, slots: Slots) -> np.ndarray:

@@ -8,6 +8,8 @@ from typing import Literal
 import numpy as np
 import torch
 
+from trireme.core.maps import is_legal, trivial_map
+
 Choice = Literal["dynamic", "static"]
 
 
@@ -79,16 +81,6 @@ class Placement:
         assert is_legal(map, self.num_experts, self.num_slots), f"not a map of {self.num_experts} experts: {map}"
         self.map, self.version = map.astype(np.int32), version
         self._table.copy_(self.table(map) if table is None else table, non_blocking=True)
-
-
-def trivial_map(num_experts: int, num_slots: int) -> np.ndarray:
-    """Experts in order, and again from the first: int32 [num_slots]."""
-    return (np.arange(num_slots) % num_experts).astype(np.int32)
-
-
-def is_legal(map: np.ndarray, num_experts: int, num_slots: int) -> bool:
-    """Whether each slot holds an expert, and each expert has a slot."""
-    return map.shape == (num_slots,) and np.array_equal(np.unique(map), np.arange(num_experts))
 
 
 def slots_of(map: np.ndarray, num_experts: int) -> np.ndarray:

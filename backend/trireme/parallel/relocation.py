@@ -10,9 +10,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from trireme.core.maps import is_legal
 from trireme.parallel.collectives import Along
 from trireme.parallel.comm import Group
-from trireme.parallel.placement import Placement, is_legal
+from trireme.parallel.placement import Placement
 
 _CHUNK = 4  # experts that a rank receives at once: what is on its way takes memory, and one giant exchange hangs NCCL
 _ALIGN = 16  # bytes; at which each of an expert's tensors begins in its record
