@@ -200,6 +200,10 @@ _AT_LEAST = {
     "request_timeout_s": 0.001,
     "step_timeout_s": 0.1,
     "start_timeout_s": 0.1,
+    "eplb.num_redundant_experts": 0,
+    "eplb.interval": 1,
+    "eplb.count_every": 1,
+    "eplb.layers_per_step": 1,
 }
 
 
@@ -219,7 +223,7 @@ def make_settings(values: dict[str, Any]) -> Settings:
     except msgspec.ValidationError as error:
         raise Refusal("bad setting", why=str(error), fix="see README, Settings") from None
     for name, least in _AT_LEAST.items():
-        value = getattr(settings, name)
+        value = _setting(settings, name)
         if value is not None and value < least:
             raise Refusal(f"{name}={value} is too small", why=f"it must be at least {least}", fix=f"set {name}={least} or more")
     if not 0 <= (settings.mtp.num_tokens or 0) < PAGE:
@@ -228,8 +232,6 @@ def make_settings(values: dict[str, Any]) -> Settings:
             why=f"a token and its drafts are at most a page of {PAGE}",
             fix="set mtp.num_tokens from 0 (off) to 4: more are hardly ever accepted",
         )
-    if settings.eplb is not None:
-        _check_eplb(settings.eplb)
     if settings.gpu_memory_utilization > 1:
         raise Refusal(
             f"gpu_memory_utilization={settings.gpu_memory_utilization:g} is too much",
@@ -261,10 +263,12 @@ def _check_sequence_parallel(value: object) -> None:
         )
 
 
-def _check_eplb(eplb: Eplb) -> None:
-    for name, least in {"num_redundant_experts": 0, "interval": 1, "count_every": 1, "layers_per_step": 1}.items():
-        if (value := getattr(eplb, name)) < least:
-            raise Refusal(f"eplb.{name}={value} is too small", why=f"it must be at least {least}", fix=f"set eplb.{name}={least} or more")
+def _setting(settings: Settings, name: str) -> Any:
+    """By its name, as "eplb.interval" in a group; None where the group is."""
+    value: Any = settings
+    for part in name.split("."):
+        value = None if value is None else getattr(value, part)
+    return value
 
 
 def _check_devices(devices: list[list[int]], settings: Settings) -> None:
