@@ -101,6 +101,16 @@ def test_the_sizer_waits_for_samples():
     assert [sizer.rows(start) for start in (0, 8192, 32768, 131072)] == [4096, 2496, 1536, 1152]
 
 
+def test_decodes_say_nothing_of_chunks():
+    """Alone they are no sample; beside a chunk they are a part of what its step costs."""
+    sizer, decodes = ChunkSizer(4096), np.full(100, 30_000)
+    for number in range(12):
+        start, count = 9000 * number, 4096 - 256 * number
+        sizer.learn(np.array([start, *decodes]), np.array([count, *np.ones(100, int)]), seconds(GOLDEN, start, count) + 0.5)
+        sizer.learn(decodes, np.ones(100, int), 9.0)
+    assert [sizer.rows(start) for start in (0, 8192, 32768, 131072)] == [4096, 2496, 1536, 1152]
+
+
 def test_a_long_prompts_chunks_take_equally_long():
     """The scheduler measures steps while it plans; chunks of the second prompt are fitted to those of the first."""
     cost = ChunkCost(pair=2e-8, row=1e-5, step=1e-4)

@@ -9,11 +9,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from trireme.core.step import PAGE
+
 _ALIGN = 64  # rows: chunks are whole pages, and whole tiles of attention and delta kernels
 _SMOOTH = 0.75  # how far a chunk goes from the usual size to the exact one
 _ODD = 6.0  # median deviations, beyond which a step is left out: it compiled a kernel, or the machine did something else
 _LEAST_SAMPLES = 8  # below, nothing is fitted
 _MOST_SAMPLES = 256  # the latest
+_FIT_EVERY = 16  # samples: a fit takes as long as planning three steps
 
 
 class ChunkCost(NamedTuple):
@@ -46,26 +49,31 @@ def chunk_rows(cost: ChunkCost, start: int, usual: int) -> int:
 
 
 class ChunkSizer:
-    """Fits a ChunkCost to steps that have been measured, anew with each: least squares over the latest, no term below zero."""
+    """Fits a ChunkCost to steps that have been measured, anew now and then: least squares over the latest, no term below zero."""
 
     def __init__(self, usual: int):
         self._usual = usual  # rows of a step
         self._samples: deque[tuple[float, float, float, float, float]] = deque(maxlen=_MOST_SAMPLES)
         self._cost: ChunkCost | None = None
+        self._num_new = 0  # samples since it was fitted
 
     def learn(self, starts: np.ndarray, counts: np.ndarray, seconds: float) -> None:
-        """A step with items of `counts` rows from positions `starts` kept its slowest stage busy for so long."""
-        starts, counts = starts.astype(np.float64), counts.astype(np.float64)
+        """A step with items of `counts` rows from positions `starts` kept its slowest stage busy for so long. Chunks are those of more
+        than a page: a row that decodes costs by other rules, and beside a chunk it is a part of what the step costs."""
+        chunks = counts > PAGE
+        starts, counts = starts[chunks].astype(np.float64), counts[chunks].astype(np.float64)
+        if counts.sum() < _ALIGN:
+            return
         pairs = (counts * counts + 2 * starts * counts).sum()
         self._samples.append((pairs, counts.sum(), starts.sum(), 1.0, seconds))
-        self._cost = None
+        self._num_new += 1
 
     def rows(self, start: int) -> int:
         """Rows of the next chunk of a prompt of which `start` rows are behind; the usual number while too little is known."""
         if len(self._samples) < _LEAST_SAMPLES:
             return self._usual
-        if self._cost is None:
-            self._cost = fit(np.array(self._samples))
+        if self._cost is None or self._num_new >= _FIT_EVERY:
+            self._cost, self._num_new = fit(np.array(self._samples)), 0
         return chunk_rows(self._cost, start, self._usual)
 
 

@@ -466,7 +466,7 @@ class Scheduler:
 
     def time(self, step: Step, busy_s: float) -> None:
         """A step kept its slowest stage busy for so long."""
-        if self._chunks is not None and step.num_rows >= _LEAST_CHUNK:
+        if self._chunks is not None:
             self._chunks.learn(array(step.starts), array(step.counts), busy_s)
 
     def _take(self, flight: Flight, outcome: Outcome, news: list[Emission]) -> None:
