@@ -18,6 +18,7 @@ from trireme.core.log import logger
 
 Done = Callable[[Parcel | Exception], None]
 
+SETTLE_S = 2.0  # from a model's `initialize` to its first call (see Front._start); ranks take longer to load
 _LOOK_S = 0.05  # between looks at the open calls
 _DEAD = "is not healthy"  # in the server's error, where a model's stub has died
 _GONE = ("unknown model", "is not ready", "not found")  # where a model is not loaded

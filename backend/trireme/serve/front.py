@@ -32,7 +32,7 @@ from trireme.engine.engine import Engine
 from trireme.engine.sampling import Defaults, make_sampling
 from trireme.models.spec import read_spec
 from trireme.serve.answer import Answer, Values
-from trireme.serve.bls import BlsStages
+from trireme.serve.bls import SETTLE_S, BlsStages
 from trireme.serve.checks import check_checkpoint, check_devices, check_instance, check_server, server_flags
 from trireme.serve.exchange import ask
 from trireme.serve.metrics import Reporter, Sample, samples, service_samples, stage_samples
@@ -42,7 +42,6 @@ from trireme.serve.signature import OUTPUTS, Order, read_order
 from trireme.serve.text import Text
 
 _CANCEL_PERIOD_S = 0.025
-_SETTLE_S = 2.0  # ranks take longer to load
 _STATUS_S = 5.0
 _FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 _DTYPES = {field.name: pb_utils.triton_string_to_numpy(f"TYPE_{field.type}") for field in OUTPUTS}
@@ -123,7 +122,7 @@ class Front:
         """The first BLS call comes well after `initialize`: one before the server has made this model's thread pool crashes the
         whole server (seen on 24.10, and so in its source). It could be asked whether it calls us ready, but a refusal from
         it is freed while it is read (is_model_ready, load_model, metrics: seen, and so in the source)."""
-        if self._stop.wait(_SETTLE_S):
+        if self._stop.wait(SETTLE_S):
             return
         self._stages.start()
         self._engine.start()

@@ -12,13 +12,12 @@ from trireme.models.spec import read_spec
 from trireme.ranks.courier import Courier
 from trireme.ranks.leader import Leader
 from trireme.serve.balancing import first_maps
-from trireme.serve.bls import BlsCalls
+from trireme.serve.bls import SETTLE_S, BlsCalls
 from trireme.serve.checks import check_checkpoint, check_devices, check_instance
 from trireme.serve.exchange import answer_to, ask, asked
 from trireme.serve.place import leave, model_json, run_dir
 from trireme.serve.repository import EPLB, stage_name
 
-_SETTLE_S = 2.0  # before the first call: see serve/front
 _PUSH_S = 20.0  # `eplb` may be placing the experts of many layers for another stage
 
 
@@ -58,7 +57,7 @@ class _Service:
     def __init__(self, stage: int):
         self.courier = Courier(stage_name(stage), self._push)
         self._calls = BlsCalls([EPLB], ask, num_threads=1)
-        self._begins_at = time.monotonic() + _SETTLE_S
+        self._begins_at = time.monotonic() + SETTLE_S
 
     def start(self, leader: Leader) -> None:
         self._calls.start()
