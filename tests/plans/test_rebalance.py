@@ -76,7 +76,8 @@ class Wanderer:
 def serving(settings: Settings, pool, service: Wanderer | None) -> Iterator[tuple[Engine, LocalStages]]:
     run_dir = Path(tempfile.mkdtemp(prefix="trireme-test-", dir="/tmp"))
     stages = LocalStages(settings, run_dir, pool, service=service)
-    engine = Engine(settings, max_model_len=128, stages=stages, num_drafts=settings.mtp.num_tokens or 0)
+    assert settings.max_model_len is not None
+    engine = Engine(settings, max_model_len=settings.max_model_len, stages=stages, num_drafts=settings.mtp.num_tokens or 0)
     stages.start()
     engine.start()
     try:
