@@ -33,6 +33,11 @@ class ExpectedTokens(Protocol):
 class Link(Protocol):
     """One rank's ends for one epoch. LinkLost where another stage is gone, late or wrong."""
 
+    @property
+    def name(self) -> str:
+        """Of its edges, for people."""
+        ...
+
     def receive(self, num_rows: int, carried: np.ndarray | None) -> torch.Tensor | None:
         """Rows of the stage before, [num_rows, hidden]; None in stage 0. `carried` came with the call."""
         ...
@@ -101,6 +106,10 @@ class CollectiveLink:
         self._before, self._after, self._back = before, after, back
         self._hidden, self._dtype = hidden, dtype
 
+    @property
+    def name(self) -> str:
+        return ", ".join(pair.name for pair in (self._before, self._after, self._back) if pair is not None)
+
     def receive(self, num_rows: int, carried: np.ndarray | None) -> torch.Tensor | None:
         return self._before.expect(num_rows, self._hidden, dtype=self._dtype).wait() if self._before else None
 
@@ -124,6 +133,8 @@ class CollectiveLink:
 
 class TensorLink:
     """Every rank gets the rows with the call, and rank 0 gives them with its answer: an edge has all of them."""
+
+    name = "the tensor link"
 
     def __init__(self, stage: int, rank: int, *, hidden: int, dtype: torch.dtype):
         self._stage, self._rank, self._hidden, self._dtype = stage, rank, hidden, dtype
@@ -155,6 +166,8 @@ class TensorLink:
 
 
 class SoloLink:
+    name = "the link of one stage"
+
     def __init__(self) -> None:
         self._expected: deque[_Here] = deque()
 

@@ -18,6 +18,7 @@ from trireme.ranks.channel import BREAK, RankChannel
 from trireme.ranks.launch import Brief
 from trireme.ranks.mixtures import MapLost
 from trireme.ranks.runner import Pending, Runner
+from trireme.ranks.watchdog import Late, Watchdog
 
 
 class DeviceLost(RuntimeError):
@@ -34,6 +35,7 @@ class Duty:
         self._log = logger(f"stage_{brief.stage} rank {brief.rank}")
         self._epoch = -1
         self._over = "no epoch was joined"  # why no step is computed, or empty
+        self._watchdog = Watchdog(brief.settings.step_timeout_s, self._tell_stuck)
         self._lost = ""  # what the device said when it was lost, or empty
 
     def do(self) -> None:
@@ -43,6 +45,7 @@ class Duty:
         with (
             ThreadPoolExecutor(max_workers=1, thread_name_prefix="answers") as answers,
             ThreadPoolExecutor(max_workers=1, thread_name_prefix="maps") as maps,
+            self._watchdog,
             contextlib.closing(self),  # before the threads are waited for: one may wait for other ranks
         ):
             idle = time.perf_counter()
@@ -66,7 +69,8 @@ class Duty:
                     self._leave(fault.message)
                     pending = _at_once(fault)
                 if pending.late:
-                    answers.submit(self._answer, ticket, asked, pending)
+                    self._watchdog.watch(Late(ticket, asked, pending))
+                    answers.submit(self._answer_late)
                 else:
                     self._answer(ticket, asked, pending)
                 idle = time.perf_counter()
@@ -81,6 +85,19 @@ class Duty:
         except Exception as error:
             answer, rows = self._fault(asked, error), None
         self._channel.answer(ticket, Parcel(pack_answer(answer), rows), fault=isinstance(answer, Fault))
+
+    def _answer_late(self) -> None:
+        """The oldest step that its device is computing."""
+        late = self._watchdog.oldest
+        self._answer(late.ticket, late.asked, late.pending)
+        self._watchdog.passed()
+
+    def _tell_stuck(self, late: Late) -> None:
+        """As a fault, which ends the epoch: the leader's BREAK then closes the groups, and with them whatever the device waits for."""
+        limit_s = self._settings.step_timeout_s
+        lost = LinkLost(f"the device has not come past it for {limit_s:g} s: {late.pending.where()}")
+        fault = self._fault(late.asked, lost)
+        self._channel.answer(late.ticket, Parcel(pack_answer(fault)), fault=True)
 
     def _carry_out(self, asked: Step | Found | Join, rows: np.ndarray | None, waited_s: float) -> Pending:
         if isinstance(asked, Found):

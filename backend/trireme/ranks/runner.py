@@ -43,6 +43,7 @@ class Pending(NamedTuple):
 
     late: bool  # whether `finish` waits for a device
     finish: Callable[[], tuple[Answer, np.ndarray | None]]  # the answer, rows that go with it (tensor link)
+    where: Callable[[], str] = lambda: "it was not begun"  # of one that is late: what it is at, as a clause
 
 
 class Runner:
@@ -165,7 +166,17 @@ class Runner:
                 outcome = msgspec.structs.replace(outcome, routed_experts=told, loads=loads, map_ready=version, stalled_s=watch.stalled_s())
             return outcome, carries
 
-        return Pending(self._device.type != "cpu", finish)
+        link = self._joined.name
+
+        def where() -> str:
+            return {
+                "queued": "the device is at a step before it",
+                "receiving": f"what {link} brings has not come",
+                "computing": f"the device computes, or waits for a rank of its own stage, or for {link} to take rows",
+                "done": "it was computed",
+            }[watch.phase()]
+
+        return Pending(self._device.type != "cpu", finish, where)
 
     def _read(self, step: Step) -> Rows:
         """What the step changes, then its rows."""

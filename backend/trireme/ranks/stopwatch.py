@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -41,6 +41,11 @@ class Stopwatch:
 
     def stop(self) -> None:
         self._mark()
+
+    def phase(self) -> Literal["queued", "receiving", "computing", "done"]:
+        """After `stop`: how far a GPU has come, which other threads may ask."""
+        passed = sum(mark.query() for mark in self._marks)
+        return ("queued", "queued", "receiving", "computing", "done")[passed]
 
     def wait(self) -> None:
         """Until the device has done everything up to `stop`."""
