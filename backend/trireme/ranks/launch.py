@@ -72,8 +72,9 @@ class LocalProcess:
         # OpenMP threads that spin while a server shares their cores stall a step tenfold (measured); asleep, they are steady.
         # A store or peer that is gone is a page of C++ frames in torch's warnings, and a line in the rank's own.
         # A collective that hangs is the leader's to end; left to itself, torch would end the rank, and its weights with it.
-        watchdog = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
-        environment = {"OMP_WAIT_POLICY": "PASSIVE", "TORCH_CPP_LOG_LEVEL": "ERROR"} | watchdog | os.environ
+        # Streams that share a hardware queue wait for each other; one that waits for another stage must not hold up a computing one.
+        nccl = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0", "CUDA_DEVICE_MAX_CONNECTIONS": "32"}
+        environment = {"OMP_WAIT_POLICY": "PASSIVE", "TORCH_CPP_LOG_LEVEL": "ERROR"} | nccl | os.environ
         environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         if roots := _import_roots():
             environment["PYTHONPATH"] = os.pathsep.join([*roots, *filter(None, [os.environ.get("PYTHONPATH")])])
