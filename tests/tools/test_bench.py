@@ -1,4 +1,4 @@
-"""`trireme bench --drafts`: the same load with and without drafts, side by side."""
+"""`trireme bench` without a server: the same load with and without drafts, and prefill under several plans in one picture."""
 
 from __future__ import annotations
 
@@ -23,3 +23,18 @@ def test_with_and_without_drafts(tmp_path):
     assert (without["drafts"], two["drafts"]) == (0, 2)
     assert without["output_tokens"] == two["output_tokens"] == 3 * 6
     assert without["acceptance_length"] is None and 1.0 <= two["acceptance_length"] <= 3.0
+
+
+def test_prefill_of_several_plans_in_one_picture(tmp_path):
+    model = tiny_checkpoint(tmp_path / "model", "qwen3")
+    bench, reports = build(), {"one rank": [], "cp2": ["--cp=2"]}
+    for plan, flags in reports.items():
+        words = ["bench", "--offline", f"--model={model}", "--prefill=8,40,3x8", "--threads-per-rank=1", "--kv-cache-memory-bytes=4000000"]
+        result = CliRunner().invoke(bench, [*words, *flags, f"--output={tmp_path / plan}"], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        report = json.loads((tmp_path / f"{plan}.json").read_text())
+        assert report["plan"] == plan
+        assert [(each["prompts"], each["input_len"], len(each["runs"])) for each in report["prefill"]] == [(1, 8, 5), (1, 40, 5), (3, 8, 5)]
+    names = ",".join(str(tmp_path / f"{plan}.json") for plan in reports)
+    result = CliRunner().invoke(bench, ["bench", f"--plot={names}", f"--output={tmp_path / 'both'}"], catch_exceptions=False)
+    assert result.exit_code == 0 and (tmp_path / "both.png").stat().st_size, result.output

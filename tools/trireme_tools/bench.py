@@ -18,6 +18,7 @@ from rich.table import Table
 from trireme.core.refusal import Refusal
 from trireme.core.settings import Settings
 from trireme.models.spec import read_spec
+from trireme.parallel.plan import Plan
 from trireme.serve.metrics import METRICS_PERIOD_S
 from trireme.serve.text import Text
 from trireme_tools.load import drive, summary
@@ -49,6 +50,10 @@ def bench(
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0)] = 0.0,
     decode: Annotated[str, typer.Option(help="Offline: only the time of a decode step of so many sequences, as 1,32,256.")] = "",
     drafts: Annotated[str, typer.Option(help="Offline: the load once with each of so many MTP drafts, side by side, as 0,1,2,4.")] = "",
+    prefill: Annotated[
+        str, typer.Option(help="Offline: only the time to the first token, of one prompt or of several, as 1024,32768,32x1024.")
+    ] = "",
+    plot: Annotated[str, typer.Option(help="Only draw what --prefill wrote, several plans in one picture, as one.json,tp2.json.")] = "",
     seed: int = 0,
     ops: Annotated[bool, typer.Option(help="Only the kernels, on shapes of real models, against what this machine can do.")] = False,
     op: Annotated[str | None, typer.Option(help="With --ops: this one alone.")] = None,
@@ -62,11 +67,17 @@ def bench(
 
         bench_ops(op, as_json)
         return
+    if plot:
+        _plot_prefill([Path(each) for each in plot.split(",")], output)
+        return
     from trireme_tools.serve import settings_of
 
     settings, console = settings_of(model, chosen), Console(stderr=True)
     if decode:
         _bench_decode(settings, decode, int(input_len), int(output_len), output)
+        return
+    if prefill:
+        _bench_prefill(settings, prefill, output)
         return
     asks = _asks(workload, requests, input_len, output_len, Path(settings.model), seed)
     asks = [replace(ask, temperature=temperature) for ask in asks]
@@ -138,6 +149,44 @@ def _bench_decode(settings: Settings, batches: str, input_len: int, output_len: 
         table.add_row(str(step.batch), f"{step.step_ms:.2f}", f"{step.batch * input_len / step.first_s:.0f}")
     Console().print(table)
     _write(output, {"decode": [step._asdict() for step in steps]})
+
+
+_PREFILL_RUNS = 5  # of each length
+
+
+def _bench_prefill(settings: Settings, lengths: str, output: Path) -> None:
+    from trireme_tools.offline import measure_prefill
+
+    spec = read_spec(Path(settings.model))
+    plan = str(Plan.of(settings, spec))
+    shapes = [_prompts(text) for text in lengths.split(",")]
+    measured = measure_prefill(settings, shapes, _PREFILL_RUNS, spec.vocab_size)
+    table = Table("prompts", "tokens of each", "to the first token of all, ms", "tokens/s", title=f"{plan}, median of {_PREFILL_RUNS}")
+    for each in measured:
+        table.add_row(str(each.prompts), str(each.input_len), f"{each.seconds * 1e3:.1f}", f"{each.tokens_per_s:.0f}")
+    Console().print(table)
+    rows = [each._asdict() | {"tokens_per_s": each.tokens_per_s} for each in measured]
+    _write(output, {"plan": plan, "max_num_batched_tokens": settings.max_num_batched_tokens, "prefill": rows})
+
+
+def _prompts(text: str) -> tuple[int, int]:
+    """(prompts, tokens of each) of "1024" or "32x1024"."""
+    many, _, length = text.rpartition("x")
+    try:
+        return int(many or 1), int(length)
+    except ValueError:
+        raise Refusal(
+            f"prefill {text!r} is not understood", why="it is a number of tokens, or of prompts and tokens", fix="write 1024 or 32x1024"
+        ) from None
+
+
+def _plot_prefill(reports: Sequence[Path], output: Path) -> None:
+    from trireme_tools.plots import plot_prefill
+
+    read = [json.loads(path.read_text()) for path in reports]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    plot_prefill(read, output.with_suffix(".png"))
+    Console().print(f"written: {output.with_suffix('.png')}")
 
 
 def _describe(asks: Sequence[Ask]) -> dict[str, int]:

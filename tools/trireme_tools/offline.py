@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ from typing import NamedTuple
 import msgspec
 from rich.console import Console
 
+from trireme.core.refusal import Refusal
 from trireme.core.request import Emission, Request, Sampling
 from trireme.core.settings import Settings
 from trireme.engine.engine import Engine
@@ -108,6 +110,35 @@ def measure_decode(settings: Settings, batches: Sequence[int], input_len: int, o
         seconds(max(batches), 8)
         times = [(batch, seconds(batch, 1), seconds(batch, output_len)) for batch in batches]
     return [DecodeStep(batch, first_s, (all_s - first_s) / (output_len - 1) * 1e3) for batch, first_s, all_s in times]
+
+
+class Prefill(NamedTuple):
+    """What so many prompts of one length, sent at once, take until each has its first token."""
+
+    prompts: int
+    input_len: int
+    seconds: float  # the median of all runs
+    runs: list[float]
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.prompts * self.input_len / self.seconds
+
+
+def measure_prefill(settings: Settings, shapes: Sequence[tuple[int, int]], repeats: int, vocab_size: int) -> list[Prefill]:
+    """`shapes`: (prompts, tokens of each). Each is measured `repeats` times, on other prompts, after one run that does not count."""
+    settings = msgspec.structs.replace(settings, max_queue_size=max(settings.max_queue_size, *(prompts for prompts, _ in shapes)))
+    measured = []
+    with running(settings) as engine:
+        for prompts, input_len in shapes:
+            runs = []
+            for seed in range(1 + repeats):
+                records, _ = _drive(engine, make_workload(prompts, str(input_len), "1", vocab_size, seed), prompts, lambda count: None)
+                if errors := [record.error for record in records if record.error]:
+                    raise Refusal(f"a prompt of {input_len} tokens failed", why=errors[0], fix="give --max-model-len room for it")
+                runs.append(max(record.arrivals[0] for record in records) - records[0].sent)
+            measured.append(Prefill(prompts, input_len, statistics.median(runs[1:]), runs[1:]))
+    return measured
 
 
 def _drive(engine: Engine, workload: Sequence[Ask], concurrency: int, progress: Callable[[int], None]) -> tuple[list[Record], float]:

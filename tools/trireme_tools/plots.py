@@ -1,4 +1,4 @@
-"""Pictures: a load as the client saw it, a pipeline's steps as bars, and the loads of ranks. Reads nothing, measures nothing."""
+"""Pictures: a load as the client saw it, prefill by prompt length, steps as bars, and the loads of ranks. Measures nothing."""
 
 from __future__ import annotations
 
@@ -49,6 +49,24 @@ def _distribution(axes: Any, values: np.ndarray, title: str) -> None:
             at = np.percentile(values, p)
             axes.axvline(at, color=_INK, linewidth=0.7, linestyle=":")
             axes.annotate(f"p{p} {at:.1f}", (at, p / 100), textcoords="offset points", xytext=(4, -10), fontsize=8)
+
+
+def plot_prefill(reports: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Time to the first token of one prompt against its length, a line for each plan; and how many times as fast as the first
+    plan each is."""
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    times, ratios = figure.subplots(1, 2)
+    first: dict[int, float] = {}
+    for report in reports:
+        seconds = {each["input_len"]: each["seconds"] for each in report["prefill"] if each["prompts"] == 1}
+        first = first or seconds
+        times.plot(seconds.keys(), [each * 1e3 for each in seconds.values()], marker="o", markersize=3, label=report["plan"])
+        shared = [length for length in seconds if length in first]
+        ratios.plot(shared, [first[length] / seconds[length] for length in shared], marker="o", markersize=3, label=report["plan"])
+    times.set(title="time to the first token", xlabel="tokens of the prompt", ylabel="ms", ylim=(0, None))
+    ratios.set(title=f"times as fast as {reports[0]['plan']}", xlabel="tokens of the prompt", ylim=(0, None))
+    times.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
 
 
 def plot_pipeline(bars: Sequence[Bar], path: Path, title: str) -> None:
