@@ -16,7 +16,8 @@ LIMIT_S = 0.2
 
 def late(number: int) -> Late:
     nothing = ints([])
-    return Late(10 + number, Step(1, number, nothing, nothing, nothing, nothing, nothing), Pending(True, pytest.fail, lambda: f"at {number}"))
+    step = Step(1, number, nothing, nothing, nothing, nothing, nothing)
+    return Late(10 + number, step, Pending(True, pytest.fail, lambda: f"at {number}"))
 
 
 def test_a_stuck_step_is_told_once_and_the_next_has_its_own_time():
@@ -53,5 +54,3 @@ def test_steps_that_pass_are_left_alone():
         watchdog.passed()
         time.sleep(2 * LIMIT_S)
     assert not told
-
-
