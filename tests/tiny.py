@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -24,6 +27,12 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3NextConfig,
 )
+
+# Where transformers finds flash-linear-attention it computes by kernels for GPUs, even what lies on a CPU. It looks once, here.
+with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(sys.modules, "fla", None)
+    for name in ("qwen3_5", "qwen3_5_moe", "qwen3_next"):
+        import_module(f"transformers.models.{name}.modeling_{name}")
 
 _CONFIGS: dict[str, type[PreTrainedConfig]] = {
     "llama": LlamaConfig,

@@ -28,6 +28,7 @@ LIMIT_S = 30.0
 
 def _rank(work: Callable[..., Any], place: int, store: str, epoch: int, answers: Any) -> None:
     os.environ |= {"NCCL_NVLS_ENABLE": "0", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "32"  # as ranks have
     torch.cuda.set_device(place)
     answers.put((place, work(place, reach_store(store, LIMIT_S), epoch, torch.device("cuda", place))))
 

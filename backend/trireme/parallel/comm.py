@@ -112,7 +112,10 @@ def form_group(
 ) -> GlooGroup | NcclGroup:
     """Blocks until all members are here."""
     kind = GlooGroup if device.type == "cpu" else NcclGroup
-    return kind(_form(store, epoch, name, place, size, timeout_s, device), f"{name} of epoch {epoch}", place, size)
+    group = kind(_form(store, epoch, name, place, size, timeout_s, device), f"{name} of epoch {epoch}", place, size)
+    if isinstance(group, NcclGroup):
+        group.connect(timeout_s, device)
+    return group
 
 
 class GlooGroup:
@@ -160,6 +163,16 @@ class NcclGroup:
     def __init__(self, group: Any, name: str, place: int, size: int):
         self._group: Any = group
         self._name, self._place, self._size = name, place, size
+
+    def connect(self, timeout_s: float, device: torch.device) -> None:
+        """Each collective once: NCCL connects ranks when it first needs to, and allocates then, which is not to happen while a
+        collective of another group waits on the device."""
+        x, ones = torch.zeros(self._size, device=device), [1] * self._size
+        self.all_reduce(x)
+        self.all_gather(x[:1], ones)
+        self.reduce_scatter(x, ones)
+        self.all_to_all(x, ones, ones)
+        _wait_for_device(device, self._name, timeout_s)
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         x = x.contiguous()
@@ -215,18 +228,18 @@ def _without_padding(every: torch.Tensor, counts: list[int]) -> torch.Tensor:
 class Expected:
     """A tensor on its way here."""
 
-    def __init__(self, pair: Pair, work: torch.distributed.Work, tensor: torch.Tensor):
-        self._pair, self._work, self._tensor = pair, work, tensor
+    def __init__(self, name: str, receive: Callable[[], torch.distributed.Work], tensor: torch.Tensor):
+        self._name, self._receive, self._tensor = name, receive, tensor
 
     def wait(self) -> torch.Tensor:
-        with _lost_as(self._pair.name):
-            self._work.wait()
+        with _lost_as(self._name):
+            self._receive().wait()
         return self._tensor
 
 
 class Pair:
-    """A group of two that sends rows. Messages keep their order. `depth`: a send is surely received once so many more were
-    sent. On a GPU each pair has a communicator and a stream of its own, so that sends overlap what is computed."""
+    """A group of two in which side 0 sends rows to side 1. Messages keep their order. `depth`: a send is surely received once so many
+    more were sent. On a GPU each pair has a communicator and a stream of its own, so that sends overlap what is computed."""
 
     def __init__(self, store: TCPStore, epoch: int, name: str, side: int, timeout_s: float, depth: int, device: torch.device):
         self.name = f"{name} of epoch {epoch}"
@@ -234,6 +247,17 @@ class Pair:
         self._peer = 1 - side
         self._sent: deque[tuple[torch.distributed.Work, torch.Tensor]] = deque()
         self._depth, self._device = depth, device
+        if device.type != "cpu":
+            self._connect(timeout_s)
+
+    def _connect(self, timeout_s: float) -> None:
+        """NCCL connects two ranks at their first message, and neither's process goes on before the other has its end of it: two
+        stages that each began with another pair would wait for each other."""
+        greeting = torch.zeros(1, device=self._device)
+        with _lost_as(self.name):
+            pass_on = self._group.recv if self._peer == 0 else self._group.send
+            pass_on([greeting], self._peer, 0).wait()
+            _wait_for_device(self._device, self.name, timeout_s)
 
     def send(self, tensor: torch.Tensor) -> None:
         """Returns at once; the tensor must not change afterwards."""
@@ -246,11 +270,21 @@ class Pair:
                 work.wait()
 
     def expect(self, *shape: int, dtype: torch.dtype) -> Expected:
-        """The next message, which must have this shape; returns at once."""
+        """The next message, which must have this shape; returns at once. Messages are waited for in their order.
+
+        gloo begins to receive here. On a GPU that is a kernel that waits for the other side, so it is launched by `wait`: launched
+        before the rows that the other side needs to answer, it could hold them up.
+        """
         tensor = torch.empty(*shape, dtype=dtype, device=self._device)
+
+        def receive() -> torch.distributed.Work:
+            return self._group.recv([tensor], self._peer, 0)
+
+        if self._device.type != "cpu":
+            return Expected(self.name, receive, tensor)
         with _lost_as(self.name):
-            work = self._group.recv([tensor], self._peer, 0)
-        return Expected(self, work, tensor)
+            work = receive()
+        return Expected(self.name, lambda: work, tensor)
 
     def close(self) -> None:
         """Both ends are freed. gloo's ends with the last reference to it and to what is under way; NCCL's has to be told."""
@@ -258,6 +292,17 @@ class Pair:
             self._group.abort()
         self._group = None
         self._sent.clear()
+
+
+def _wait_for_device(device: torch.device, name: str, timeout_s: float) -> None:
+    """Until it has done all that its current stream has; LinkLost where that takes too long."""
+    reached = torch.cuda.Event()
+    reached.record(torch.cuda.current_stream(device))
+    deadline = time.monotonic() + timeout_s
+    while not reached.query():
+        if time.monotonic() > deadline:
+            raise LinkLost(f"{name}: the others did not answer within {timeout_s:g} s")
+        time.sleep(_GLANCE_S)
 
 
 def _form(store: TCPStore, epoch: int, name: str, place: int, size: int, timeout_s: float, device: torch.device) -> Any:
