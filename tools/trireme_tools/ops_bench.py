@@ -134,7 +134,8 @@ def _timings(op: str, clock: _CpuClock | _GpuClock, ceiling: Ceiling) -> Iterato
             continue  # a CPU is not asked what only a GPU can answer
         copies = max(1, min(_MOST_COPIES, clock.copies_bytes // max(1, work.moved_bytes)))
         copied = [first, *(cases.inputs(here, seed) for seed in range(1, copies))]
-        for name in names[:-1] or names:  # the reference, the last, only where there is nothing else
+        # the reference, the last, only where there is nothing else, or where it is the peer
+        for name in names if getattr(cases, "PEER", None) == names[-1] else names[:-1] or names:
             seconds = clock.seconds([cases.timed(build(op, name, here), inputs) for inputs in copied])
             yield Timing(op, name, _sizes(case), seconds, work.moved_bytes / seconds, work.flops / seconds, least / seconds)
 

@@ -57,4 +57,4 @@ class Head(Block):
         """Of normed rows [R, H]."""
         if len(rows) == 0:  # a prefill chunk that asks nothing must not read the whole head
             return rows.new_empty((0, self._num_logits), dtype=torch.float32)
-        return self.proj(rows).float()
+        return self.proj(rows, torch.float32)

@@ -25,6 +25,7 @@ class Linear(nn.Module):
         cuts = () if cut is None else (cut,)
         self.weight = Param(build, (num_out, num_in), *cuts) if tied is None else tied
         self.bias = Param(build, (num_out,), *(each for each in cuts if each.dim == 0)) if bias else None
+        self._multiply = build.choices("linear", num_in=self.weight.shape[1], num_out=self.weight.shape[0])
         # where ranks give shares of a sum, one of them adds the bias
         self._adds_bias = cut is None or cut.dim == 0 or cut.axis is None or build.place(cut.axis)[0] == 0
         self._packed: torch.Tensor | None = None
@@ -36,10 +37,12 @@ class Linear(nn.Module):
             self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.data, None)
             del self.weight
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Of x's dtype, or another."""
         bias = self.bias if self._adds_bias else None
         if self._packed is None:
-            return F.linear(x, self.weight, bias)
+            return self._multiply(x, self.weight, bias, dtype)
+        assert dtype in (None, torch.float32), "what is packed is float32"
         num_rows = x.shape[0]
         if num_rows >= _MIN_PACKED_ROWS:
             return torch.ops.mkldnn._linear_pointwise(x, self._packed, bias, "none", [], "")

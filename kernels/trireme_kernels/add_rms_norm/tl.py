@@ -11,6 +11,7 @@ from torch import Tensor
 
 from trireme_kernels.add_rms_norm.op import AddRmsNorm
 from trireme_kernels.case import Case
+from trireme_kernels.pdl import after_earlier, early
 
 
 def fits(case: Case) -> str | None:
@@ -26,16 +27,21 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     normed = torch.empty_like(x, memory_format=torch.contiguous_format)
     total = torch.empty_like(normed)
     if num_rows:
-        block = triton.next_power_of_2(hidden)
-        _rows[(num_rows,)](x, residual, weight, normed, total, x.stride(0), residual.stride(0), hidden, eps, BLOCK=block)
+        strides, block = (x.stride(0), residual.stride(0)), triton.next_power_of_2(hidden)
+        _rows[(num_rows,)](x, residual, weight, normed, total, *strides, hidden, eps, BLOCK=block, **early(x))
     return normed, total
 
 
 @triton.jit
-def _rows(x, residual, weight, normed, total, x_stride, residual_stride, hidden, eps, BLOCK: tl.constexpr):
+def _rows(
+    x, residual, weight, normed, total, x_stride, residual_stride, hidden, eps,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < hidden
+    scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    after_earlier(PDL)
     left = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
     right = tl.load(residual + row * residual_stride + column, mask=inside, other=0.0).to(tl.float32)
     kind = total.dtype.element_ty
@@ -44,5 +50,4 @@ def _rows(x, residual, weight, normed, total, x_stride, residual_stride, hidden,
     value = rounded.to(tl.float32)
     unscaled = value * tl.rsqrt(tl.sum(value * value, axis=0) / hidden + eps)
     unscaled = unscaled.to(weight.dtype.element_ty).to(tl.float32)
-    scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(normed + row * hidden + column, (unscaled * scale).to(kind), mask=inside)

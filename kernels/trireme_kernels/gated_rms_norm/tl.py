@@ -11,6 +11,7 @@ from torch import Tensor
 
 from trireme_kernels.case import Case
 from trireme_kernels.gated_rms_norm.op import GatedRmsNorm
+from trireme_kernels.pdl import after_earlier, early
 
 _NUMBERS = 1024  # of a program
 
@@ -34,7 +35,7 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tenso
         block = triton.next_power_of_2(dim)
         together = min(triton.next_power_of_2(heads), max(1, _NUMBERS // block))
         _heads[(len(x), triton.cdiv(heads, together))](
-            x, gate, weight, out, *x.stride()[:2], *gate.stride()[:2], heads, dim, eps, HEADS=together, BLOCK=block
+            x, gate, weight, out, *x.stride()[:2], *gate.stride()[:2], heads, dim, eps, HEADS=together, BLOCK=block, **early(x)
         )
     return out
 
@@ -42,15 +43,16 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tenso
 @triton.jit
 def _heads(
     x, gate, weight, out, x_row, x_head, gate_row, gate_head, num_heads, dim, eps,
-    HEADS: tl.constexpr, BLOCK: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
     column = tl.arange(0, BLOCK)[None, :]
     inside = (head < num_heads) & (column < dim)
+    scale = tl.load(weight + column, mask=column < dim, other=0.0)
+    after_earlier(PDL)
     value = tl.load(x + row * x_row + head * x_head + column, mask=inside, other=0.0).to(tl.float32)
     normed = value * tl.rsqrt(tl.sum(value * value, axis=1) / dim + eps)[:, None]
-    scale = tl.load(weight + column, mask=column < dim, other=0.0)
     kind = out.dtype.element_ty
     normed = (normed.to(scale.dtype).to(tl.float32) * scale.to(tl.float32)).to(kind).to(tl.float32)  # rounded as rms_norm rounds
     opening = tl.load(gate + row * gate_row + head * gate_head + column, mask=inside, other=0.0).to(tl.float32)

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trireme_kernels.case import Case
+from trireme_kernels.pdl import after_earlier, early
 from trireme_kernels.qk_rope_write.op import QkRopeWrite
 
 _HEADS, _WARPS = 8, 4  # of a program; the best of a sweep on an H100
@@ -75,6 +76,7 @@ def qk_rope_write(
             NORM_Q=q_norm is not None,
             NORM_K=k_norm is not None,
             num_warps=_WARPS,
+            **early(q),
         )
     return out
 
@@ -85,8 +87,9 @@ def _heads(
     q_row, q_head, k_row, k_head, v_row, v_head, angle_row, k_page, k_page_head, k_offset, v_page, v_page_head, v_offset,
     HQ: tl.constexpr, HK: tl.constexpr, Q_PARTS: tl.constexpr, KV_PARTS: tl.constexpr, HEADS: tl.constexpr,
     PAGE: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr, BLOCK_D: tl.constexpr,
-    NORM_Q: tl.constexpr, NORM_K: tl.constexpr,
+    NORM_Q: tl.constexpr, NORM_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    after_earlier(PDL)
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     nth = tl.arange(0, HEADS)
     if part < Q_PARTS:

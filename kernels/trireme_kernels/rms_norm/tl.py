@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trireme_kernels.case import Case
+from trireme_kernels.pdl import after_earlier, early
 from trireme_kernels.rms_norm.op import RmsNorm
 
 
@@ -25,17 +26,18 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # [T, H], [H] ->
     num_rows, hidden = x.shape
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if num_rows:
-        _rows[(num_rows,)](x, weight, out, x.stride(0), hidden, eps, BLOCK=triton.next_power_of_2(hidden))
+        _rows[(num_rows,)](x, weight, out, x.stride(0), hidden, eps, BLOCK=triton.next_power_of_2(hidden), **early(x))
     return out
 
 
 @triton.jit
-def _rows(x, weight, out, row_stride, hidden, eps, BLOCK: tl.constexpr):
+def _rows(x, weight, out, row_stride, hidden, eps, BLOCK: tl.constexpr, PDL: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < hidden
+    scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    after_earlier(PDL)
     value = tl.load(x + row * row_stride + column, mask=inside, other=0.0).to(tl.float32)
     normed = value * tl.rsqrt(tl.sum(value * value, axis=0) / hidden + eps)
     normed = normed.to(weight.dtype.element_ty).to(tl.float32)
-    scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row * hidden + column, (normed * scale).to(out.dtype.element_ty), mask=inside)

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trireme_kernels.case import Case
+from trireme_kernels.pdl import after_earlier, early
 from trireme_kernels.silu_mul.op import SiluMul
 
 
@@ -27,15 +28,16 @@ def silu_mul(gate_up: Tensor) -> Tensor:  # [T, 2 I] -> [T, I]
     out = torch.empty(num_rows, width, dtype=gate_up.dtype, device=gate_up.device)
     if num_rows:
         block = min(1024, triton.next_power_of_2(width))
-        _blocks[(num_rows, triton.cdiv(width, block))](gate_up, out, gate_up.stride(0), width, BLOCK=block)
+        _blocks[(num_rows, triton.cdiv(width, block))](gate_up, out, gate_up.stride(0), width, BLOCK=block, **early(gate_up))
     return out
 
 
 @triton.jit
-def _blocks(gate_up, out, row_stride, width, BLOCK: tl.constexpr):
+def _blocks(gate_up, out, row_stride, width, BLOCK: tl.constexpr, PDL: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
+    after_earlier(PDL)
     gate = tl.load(gate_up + row * row_stride + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * row_stride + width + column, mask=inside, other=0.0)
     silu = (gate * tl.sigmoid(gate)).to(up.dtype).to(tl.float32)

@@ -1,0 +1,1 @@
+"""linear: rows times a weight."""

@@ -1,0 +1,130 @@
+"""linear in the Triton language for few rows: one program some columns, all of K. Reading the weight is all that takes time.
+
+The first tile of the weight is on its way before the kernels before this one are done; the others pass through shared
+memory, some tiles ahead. Sums are float32, in an order that depends on shapes alone. More rows are torch's.
+"""
+
+# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from trireme_kernels.case import Case
+from trireme_kernels.linear.op import Linear
+from trireme_kernels.pdl import after_earlier, early
+
+
+class _Tile(NamedTuple):
+    columns: int  # of the result
+    inner: int  # of K, at a time
+    warps: int
+    stages: int
+
+
+_MAX_ROWS = 16
+_ONE_ROW = _Tile(8, 1024, 4, 3)
+_FEW_ROWS = _Tile(16, 256, 2, 4)
+
+
+def fits(case: Case) -> str | None:
+    if case.dtype not in (torch.bfloat16, torch.float16):
+        return f"multiplies bfloat16 and float16, not {str(case.dtype).removeprefix('torch.')}"
+    if case.sizes["num_in"] % 16:
+        return f"rows of {case.sizes['num_in']} numbers do not all begin at whole 32 bytes"
+    return None
+
+
+def build(case: Case) -> Linear:
+    return linear
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None
+) -> Tensor:  # [T, K], [N, K], [N] -> [T, N]
+    num_rows, num_in = x.shape
+    num_out, dtype = len(weight), dtype or x.dtype
+    if num_rows > _MAX_ROWS:
+        return _many(x, weight, bias, dtype)
+    assert x.stride(1) == 1 and weight.is_contiguous(), "rows are contiguous"
+    out = torch.empty(num_rows, num_out, dtype=dtype, device=x.device)
+    if out.numel():
+        tile = _ONE_ROW if num_rows == 1 else _FEW_ROWS
+        _columns[(triton.cdiv(num_out, tile.columns),)](
+            x,
+            weight,
+            weight if bias is None else bias,  # an unused pointer must still be one
+            out,
+            num_rows,
+            num_out,
+            num_in,
+            x.stride(0),
+            ROWS=1 if num_rows == 1 else _MAX_ROWS,
+            COLUMNS=tile.columns,
+            INNER=tile.inner,
+            BIAS=bias is not None,
+            WIDEN=not x.is_cuda,  # the interpreter multiplies bfloat16 matrices wrongly: it holds them as integers
+            STAGES=tile.stages,
+            num_warps=tile.warps,
+            **early(x),
+        )
+    return out
+
+
+def _many(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    if dtype == x.dtype or not x.is_cuda:
+        return F.linear(x, weight, bias).to(dtype)
+    out = torch.mm(x, weight.t(), out_dtype=dtype)
+    return out if bias is None else out.add_(bias)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _columns(
+    x, weight, bias, out, num_rows, num_out, num_in, x_row,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, BIAS: tl.constexpr, WIDEN: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    real = column < num_out
+    inner = tl.arange(0, INNER)
+    # Rows and columns past the last are read as the last: what comes of them is not stored.
+    line = weight + tl.minimum(column, num_out - 1).to(tl.int64)[:, None] * num_in + inner[None, :]
+    first = tl.load(line, mask=(inner < num_in)[None, :], other=0.0)
+    after_earlier(PDL)
+    if ROWS == 1:
+        sums = tl.zeros([COLUMNS, INNER], tl.float32)
+        for start in tl.range(INNER, num_in, INNER, num_stages=STAGES):
+            inside = inner < num_in - start
+            left = tl.load(line + start, mask=inside[None, :], other=0.0)
+            sums += left.to(tl.float32) * tl.load(x + start + inner, mask=inside, other=0.0).to(tl.float32)[None, :]
+        sums += first.to(tl.float32) * tl.load(x + inner, mask=inner < num_in, other=0.0).to(tl.float32)[None, :]
+        total = tl.sum(sums, axis=1)
+        if BIAS:
+            total += tl.load(bias + column, mask=real, other=0.0).to(tl.float32)
+        tl.store(out + column, total.to(out.dtype.element_ty), mask=real)
+    else:
+        row = tl.arange(0, ROWS)
+        rows = x + tl.minimum(row, num_rows - 1).to(tl.int64)[None, :] * x_row + inner[:, None]
+        total = tl.zeros([COLUMNS, ROWS], tl.float32)
+        for start in tl.range(INNER, num_in, INNER, num_stages=STAGES):
+            inside = inner < num_in - start
+            left = tl.load(line + start, mask=inside[None, :], other=0.0)
+            total = _product(left, tl.load(rows + start, mask=inside[:, None], other=0.0), total, WIDEN)
+        total = _product(first, tl.load(rows, mask=(inner < num_in)[:, None], other=0.0), total, WIDEN)
+        if BIAS:
+            total += tl.load(bias + column, mask=real, other=0.0).to(tl.float32)[:, None]
+        target = out + row.to(tl.int64)[None, :] * num_out + column[:, None]
+        tl.store(target, total.to(out.dtype.element_ty), mask=(row < num_rows)[None, :] & real[:, None])
+
+
+@triton.jit
+def _product(left, right, total, WIDEN: tl.constexpr):
+    if WIDEN:
+        left, right = left.to(tl.float32), right.to(tl.float32)
+    return tl.dot(left, right, total, input_precision="ieee")
