@@ -4,7 +4,7 @@ communicators and takes them away again. What a communicator does is comm's."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import MappingProxyType
 
 import torch
@@ -104,7 +104,8 @@ class Collectives:
         for group in groups.values():
             group.close()
         if peers:
-            torch.cuda.synchronize(self.device)  # no kernel uses their memory when it goes; each of them ends by itself now
+            with suppress(torch.AcceleratorError):  # of a device that is lost, whose process ends anyway
+                torch.cuda.synchronize(self.device)  # no kernel uses their memory when it goes; each of them ends by itself now
 
     def peers(self, span: Span) -> Peers | None:
         """Nobody else keeps them, so that `leave` drops them."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from trireme_kernels.case import Case
 from trireme_kernels.peer_sum.op import Boxes, PeerSum, bits_of, empty_of
 
-_GLANCE = 1024  # looks into the box between looks at `given_up`, which lies in the host's memory
+_GLANCE = 256  # looks into the box between looks at `given_up`, which lies in the host's memory
 
 
 def fits(case: Case) -> str | None:
