@@ -2,56 +2,24 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import queue
 import threading
 import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from spawned import LIMIT_S, on_gpus
 from trireme.parallel.collectives import Collectives
-from trireme.parallel.comm import Pair, StoreHost, form_group, reach_store
+from trireme.parallel.comm import Pair, form_group
 from trireme.parallel.mesh import Mesh
 from trireme.parallel.placement import Placement
 from trireme.parallel.plan import Plan
 from trireme.parallel.relocation import Mixture, Relocation
 
 pytestmark = [pytest.mark.gpus, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
-
-LIMIT_S = 30.0
-
-
-def _rank(work: Callable[..., Any], place: int, store: str, epoch: int, answers: Any) -> None:
-    os.environ |= {"NCCL_NVLS_ENABLE": "0", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
-    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "32"  # as ranks have
-    torch.cuda.set_device(place)
-    answers.put((place, work(place, reach_store(store, LIMIT_S), epoch, torch.device("cuda", place))))
-
-
-def on_two(work: Callable[..., Any], epoch: int, *, wait_for: tuple[int, ...] = (0, 1)) -> dict[int, Any]:
-    """work(place, store, epoch, device) in a process for each GPU; what the places of `wait_for` return."""
-    context, host = multiprocessing.get_context("spawn"), StoreHost(LIMIT_S)
-    answers = context.Queue()
-    ranks = [context.Process(target=_rank, args=(work, place, host.address, epoch, answers)) for place in range(2)]
-    for rank in ranks:
-        rank.start()
-    found = {}
-    try:
-        while set(wait_for) - set(found):
-            place, answer = answers.get(timeout=120)
-            found[place] = answer
-    except queue.Empty:
-        raise AssertionError(f"only {sorted(found)} answered") from None
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.join()
-    return found
 
 
 def rows_of(place: int, num_rows: int, dtype: torch.dtype) -> torch.Tensor:
@@ -79,7 +47,7 @@ def collectives(place: int, store: Any, epoch: int, device: torch.device) -> lis
 
 
 def test_nccl_gives_what_gloo_gives():
-    for found in on_two(collectives, 1).values():
+    for found in on_gpus(2, collectives, 1).values():
         for start in (0, 8):  # small whole numbers: exact in both types
             assert found[start + 4 : start + 8] == found[start : start + 4]
 
@@ -103,7 +71,7 @@ def captured(place: int, store: Any, epoch: int, device: torch.device) -> list[f
 
 
 def test_a_collective_is_captured_and_replayed():
-    assert list(on_two(captured, 2).values()) == [[5.0, 17.0], [5.0, 17.0]]
+    assert list(on_gpus(2, captured, 2).values()) == [[5.0, 17.0], [5.0, 17.0]]
 
 
 def twins(place: int, store: Any, epoch: int, device: torch.device) -> float:
@@ -120,7 +88,7 @@ def twins(place: int, store: Any, epoch: int, device: torch.device) -> float:
 
 
 def test_rows_pass_from_twin_to_twin():
-    assert on_two(twins, 3)[1] == 0.0
+    assert on_gpus(2, twins, 3)[1] == 0.0
 
 
 def bereft(place: int, store: Any, epoch: int, device: torch.device) -> tuple[float, float]:
@@ -139,7 +107,7 @@ def bereft(place: int, store: Any, epoch: int, device: torch.device) -> tuple[fl
 
 
 def test_the_end_of_an_epoch_frees_a_rank_whose_peer_is_gone():
-    waited, after = on_two(bereft, 4, wait_for=(0,))[0]
+    waited, after = on_gpus(2, bereft, 4, wait_for=(0,))[0]
     assert waited < 10 and after == 8.0
 
 
@@ -183,5 +151,5 @@ def relocated(place: int, store: Any, epoch: int, device: torch.device) -> tuple
 
 
 def test_experts_move_while_steps_go_on():
-    for holds, num_steps, _ in on_two(relocated, 5).values():
+    for holds, num_steps, _ in on_gpus(2, relocated, 5).values():
         assert holds and num_steps == 2400

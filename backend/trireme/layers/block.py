@@ -47,7 +47,9 @@ class Build:
     @cached_property
     def collectives(self) -> Collectives:
         """This rank's groups in its stage; each epoch fills them anew."""
-        return Collectives(Mesh(self.plan), self.rank, self.device)
+        shares_memory = self.device.type == "cuda" and self.plan.ranks > 1
+        peer_sum = self.choices("peer_sum", hidden=self.spec.hidden) if shares_memory else None
+        return Collectives(Mesh(self.plan), self.rank, self.device, peer_sum)
 
     @cached_property
     def cos_sin(self) -> torch.Tensor:

@@ -4,7 +4,8 @@ communicators and takes them away again. What a communicator does is comm's."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from types import MappingProxyType
 
 import torch
 
@@ -12,6 +13,7 @@ from trireme.parallel.comm import Group, LinkLost
 from trireme.parallel.deal import Deal
 from trireme.parallel.layout import Move
 from trireme.parallel.mesh import Mesh, Span
+from trireme.parallel.peer import Peers, PeerSum
 
 
 class Along:
@@ -23,7 +25,15 @@ class Along:
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """x, summed over the ranks; x itself may be overwritten."""
-        return x if self.size == 1 else self._group.all_reduce(x)
+        if self.size == 1:
+            return x
+        peers = self.peers(x)
+        return self._group.all_reduce(x) if peers is None else peers.sum(x)
+
+    def peers(self, x: torch.Tensor) -> Peers | None:
+        """Who sums x faster than the group; the same answer on all ranks."""
+        peers = self._owner.peers(self._span)
+        return peers if peers is not None and peers.take(x) else None
 
     def all_gather(self, x: torch.Tensor, counts: list[int]) -> torch.Tensor:
         """[counts[place], ...] -> [sum of counts, ...], in the order of places."""
@@ -54,13 +64,15 @@ class Along:
 
 
 class Collectives:
-    """`along` what the model needs while it is built; `begin` an epoch with a group for each of `spans`; `leave` it."""
+    """`along` what the model needs while it is built; `begin` an epoch with a group for each of `spans`; `leave` it. `peer_sum`: the
+    op by which few rows are summed in memory that ranks share, where they have any."""
 
-    def __init__(self, mesh: Mesh, rank: int, device: torch.device | str = "cpu"):
+    def __init__(self, mesh: Mesh, rank: int, device: torch.device | str = "cpu", peer_sum: PeerSum | None = None):
         self.mesh, self.rank = mesh, rank  # inside the stage
-        self.device = torch.device(device)
+        self.device, self.peer_sum = torch.device(device), peer_sum
         self._needed: set[Span] = set()
         self._groups: Mapping[Span, Group] = {}
+        self._peers: Mapping[Span, Peers] = {}
 
     @property
     def spans(self) -> list[Span]:
@@ -74,9 +86,9 @@ class Collectives:
             self._needed.add(span)
         return Along(self, span, self.rank)
 
-    def begin(self, groups: Mapping[Span, Group]) -> None:
+    def begin(self, groups: Mapping[Span, Group], peers: Mapping[Span, Peers] = MappingProxyType({})) -> None:
         assert set(groups) == self._needed, "a group for each span"
-        self._groups = groups
+        self._groups, self._peers = groups, peers
 
     def drop(self, span: Span, group: Group) -> None:
         """Close one group ahead of the others, if it is still the span's."""
@@ -86,9 +98,18 @@ class Collectives:
 
     def leave(self) -> None:
         """Drop the epoch's groups, which frees ranks that wait in them."""
-        groups, self._groups = self._groups, {}
+        groups, self._groups, peers, self._peers = self._groups, {}, self._peers, {}
+        for each in peers.values():
+            each.give_up()
         for group in groups.values():
             group.close()
+        if peers:
+            with suppress(torch.AcceleratorError):  # of a device that is lost, whose process ends anyway
+                torch.cuda.synchronize(self.device)  # no kernel uses their memory when it goes; each of them ends by itself now
+
+    def peers(self, span: Span) -> Peers | None:
+        """Nobody else keeps them, so that `leave` drops them."""
+        return self._peers.get(span)
 
     def group(self, span: Span) -> Group:
         """Nobody else keeps it, so that `leave` drops it. LinkLost between epochs."""

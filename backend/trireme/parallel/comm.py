@@ -90,6 +90,13 @@ def make_unless(give_up: Callable[[], bool], make: Callable[[], Made]) -> Made:
     return found
 
 
+def exchange(store: TCPStore, epoch: int, name: str, place: int, size: int, said: bytes) -> list[bytes]:
+    """What every place of a group says under a name, by place. Blocks until all have said it."""
+    with _lost_as(f"{name} of epoch {epoch}"):
+        store.set(f"{epoch}/{name}/{place}", said)  # pyright: ignore[reportArgumentType]  # bytes are taken as well
+        return [store.get(f"{epoch}/{name}/{other}") for other in range(size)]
+
+
 class Group(Protocol):
     """Ranks of one epoch that call the same collectives in the same order, each with its place among them. LinkLost where one
     of them is gone or late."""

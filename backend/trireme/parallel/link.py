@@ -17,10 +17,12 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from trireme.core.log import logger
 from trireme.core.settings import Settings
 from trireme.parallel.collectives import Collectives
-from trireme.parallel.comm import Group, LinkLost, Pair, form_group, make_unless, meet, reach_store
+from trireme.parallel.comm import Group, LinkLost, Pair, exchange, form_group, make_unless, meet, reach_store
 from trireme.parallel.mesh import Span
+from trireme.parallel.peer import Peers, find_most, meet_peers
 
 
 class ExpectedTokens(Protocol):
@@ -81,23 +83,42 @@ def form_link(
     def pair(name: str, side: int) -> Pair:
         return Pair(meeting, epoch, f"{name}.{rank}", side, limit_s, settings.inflight, collectives.device)
 
-    def form() -> tuple[dict[Span, Group], Link]:
+    def join_peers(span: Span, name: str, group: Group) -> Peers | None:
+        op, place, device = collectives.peer_sum, span.place(rank), collectives.device
+        if op is None or span.use:
+            return None
+
+        def tell(about: str, said: bytes) -> list[bytes]:
+            return exchange(meeting, epoch, f"{name}.{about}", place, span.size, said)
+
+        peers = meet_peers(place, span.size, device, hidden=hidden, dtype=dtype, op=op, exchange=tell)
+        log = logger(f"stage_{stage} rank {rank}")
+        if isinstance(peers, str):
+            log.info("sums of %s by NCCL alone: %s", name, peers)
+            return None
+        log.info("sums of %s: %s", name, find_most(peers, group, device, tell, limit_s, give_up))
+        return peers
+
+    def form() -> tuple[dict[Span, Group], dict[Span, Peers], Link]:
         """Every rank forms its groups in this order, and then its pairs, so none waits in a circle."""
         groups: dict[Span, Group] = {}
+        peers: dict[Span, Peers] = {}
         for span in collectives.spans:
             name = f"stage_{stage}.{collectives.mesh.group_of(span, rank).name}"
             groups[span] = form_group(meeting, epoch, name, span.place(rank), span.size, limit_s, collectives.device)
+            if (joined := join_peers(span, name, groups[span])) is not None:
+                peers[span] = joined
         if num_stages == 1:
-            return groups, SoloLink()
+            return groups, peers, SoloLink()
         if settings.link == "tensor":
-            return groups, TensorLink(stage, rank, hidden=hidden, dtype=dtype)
+            return groups, peers, TensorLink(stage, rank, hidden=hidden, dtype=dtype)
         before = pair(f"edge_{stage - 1}", 1) if stage > 0 else None
         after = pair(f"edge_{stage}", 0) if stage < num_stages - 1 else None
         back = pair("return", 0 if stage else 1) if stage in (0, num_stages - 1) else None
-        return groups, CollectiveLink(before, after, back, hidden=hidden, dtype=dtype)
+        return groups, peers, CollectiveLink(before, after, back, hidden=hidden, dtype=dtype)
 
-    groups, link = make_unless(give_up, form)
-    collectives.begin(groups)
+    groups, peers, link = make_unless(give_up, form)
+    collectives.begin(groups, peers)
     return link
 
 

@@ -9,6 +9,7 @@ import torch
 from trireme.parallel.collectives import Collectives, carry_out
 from trireme.parallel.deal import Deal
 from trireme.parallel.layout import Layout, moves
+from trireme.parallel.peer import Peers
 
 
 class Route:
@@ -23,6 +24,13 @@ class Route:
         for move, along in self._path:
             x = carry_out(move, along, x, deal)
         return x
+
+    def peers(self, x: torch.Tensor) -> Peers | None:
+        """Who can do all of it and what follows in one kernel: it is one sum, of few rows."""
+        if len(self._path) != 1:
+            return None
+        [(move, along)] = self._path
+        return along.peers(x) if along is not None and move.collective == "all_reduce" else None
 
     def __str__(self) -> str:
         return ", ".join(self._names)
@@ -57,6 +65,8 @@ class Seam:
         """(normed, residual) of x [N, H]; None where the residual has it already, at a stage's first seam."""
         if x is None:
             normed = self._rms_norm(residual, self._weight, self._eps)
+        elif (peers := self.settle.peers(x)) is not None:
+            normed, residual = peers.sum_norm(x, residual, self._weight, self._eps)
         else:
             normed, residual = self._add_rms_norm(self.settle(x, deal), residual, self._weight, self._eps)
         return self.spread(normed, deal), residual

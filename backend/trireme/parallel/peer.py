@@ -1,0 +1,156 @@
+"""Peers: memory of a group's GPUs that all of its ranks see, by which they sum few rows in one kernel, where that is faster than
+NCCL. How they meet in it, how far it is faster, and how it ends; the kernel is the op peer_sum's."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import msgspec
+import torch
+
+from trireme.parallel.comm import Group, LinkLost
+
+_NUM_CELLS = 256  # rows of the largest sum
+_SIZES = (1, 4, 16, 64, 128, 256)  # rows at which both ways are timed
+_NUM_TIMED = 10
+_HEAD_START = 4_000_000  # cycles of a GPU, some 2 ms, in which the host puts calls in line, so that not its pace is measured
+
+Exchange = Callable[[str, bytes], Sequence[bytes]]
+"""(name, what this place says) -> what every place of the group says under that name, by place."""
+
+
+class PeerSum(Protocol):
+    """The op, as trireme_kernels.peer_sum.op has it."""
+
+    def sum(self, x: torch.Tensor, boxes: Any) -> torch.Tensor: ...
+
+    def sum_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, boxes: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """What the op asks for (trireme_kernels.peer_sum.op.Boxes)."""
+
+    place: int
+    every: Sequence[torch.Tensor]  # by place; this place's own is in its memory, the others' are mapped
+    addresses: torch.Tensor
+    turns: torch.Tensor
+    given_up: torch.Tensor
+
+
+class Peers:
+    """The group's sums of up to `most` numbers. Calls are put on the current stream, and may be captured."""
+
+    def __init__(self, boxes: Boxes, op: PeerSum, dtype: torch.dtype, hidden: int):
+        self._boxes, self._op, self.dtype, self.hidden = boxes, op, dtype, hidden
+        self.most = _NUM_CELLS * hidden
+
+    def take(self, x: torch.Tensor) -> bool:
+        """Whether x is summed this way: the same on all ranks, which bring tensors of one shape."""
+        return x.dtype == self.dtype and 0 < x.numel() <= self.most
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        """x, summed over the ranks; x itself may be overwritten."""
+        return self._op.sum(x, self._boxes)
+
+    def sum_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """x, residual [T, hidden] -> (normed, residual + x summed over the ranks)."""
+        return self._op.sum_norm(x, residual, weight, eps, self._boxes)
+
+    def give_up(self) -> None:
+        """Kernels that wait for another rank end, within a millisecond, and so do all that come: a kernel cannot be cancelled.
+        A rank whose peer was killed is freed by this alone. What they give is nothing."""
+        self._boxes.given_up.fill_(1)
+
+
+def meet_peers(
+    place: int, size: int, device: torch.device, *, hidden: int, dtype: torch.dtype, op: PeerSum, exchange: Exchange
+) -> Peers | str:
+    """Blocks until all members are here. Or, on all of them, why they do not see each other's memory."""
+    bits = torch.int16 if dtype.itemsize == 2 else torch.int32
+    cell = 1 << (hidden - 1).bit_length()
+    with torch.cuda.device(device):  # a thread has a device of its own
+        box = torch.full((2, size, _NUM_CELLS, cell), torch.iinfo(bits).min, dtype=bits, device=device)
+        torch.cuda.synchronize()  # it is empty before anybody knows of it
+        others = [other for other in range(size) if other != place]
+        said = exchange("offered", msgspec.msgpack.encode(_offer(box, device, others)))
+        every, reason = [box] * size, ""
+        try:
+            for other in others:
+                every[other] = _mapped(msgspec.msgpack.decode(said[other]), place, device).view(bits).view(box.shape)
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+        reasons = [said.decode() for said in exchange("mapped", reason.encode())]
+        if any(reasons):
+            return next(filter(None, reasons))
+        given_up = torch.zeros(1, dtype=torch.int32, pin_memory=True)
+        addresses = torch.tensor([*(each.data_ptr() for each in every), given_up.data_ptr()], device=device)
+        turns = torch.zeros(_NUM_CELLS, dtype=torch.int32, device=device)
+    return Peers(Boxes(place, every, addresses, turns, given_up), op, dtype, hidden)
+
+
+def find_most(peers: Peers, group: Group, device: torch.device, exchange: Exchange, limit_s: float, give_up: Callable[[], bool]) -> str:
+    """Set `most` where the group's own sums begin to be as fast, as place 0 measures it. What was found, in words. Every member
+    makes the same calls; LinkLost where others do not come, within the time or before `give_up`."""
+    ways = {"peers": peers.sum, "NCCL": group.all_reduce}
+    found: dict[str, list[float]] = {way: [] for way in ways}
+    with torch.cuda.device(device):
+        for num_rows in _SIZES:
+            x = torch.zeros(num_rows, peers.hidden, dtype=peers.dtype, device=device)
+            for way, call in ways.items():
+                call(x)  # what is compiled or made ready at its first use
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                torch.cuda._sleep(_HEAD_START)
+                call(x)  # after which all ranks are equally far
+                begin.record()
+                for _ in range(_NUM_TIMED):
+                    call(x)
+                end.record()
+                if not _comes(end, limit_s, give_up):
+                    peers.give_up()
+                    group.close()
+                    raise LinkLost("others left while sums were timed")
+                found[way].append(1e3 * begin.elapsed_time(end) / _NUM_TIMED)
+    rows = 0
+    for num_rows, own, other in zip(_SIZES, found["peers"], found["NCCL"], strict=True):
+        if own >= other:
+            break
+        rows = num_rows
+    rows = int(exchange("rows", str(rows).encode())[0])
+    peers.most = rows * peers.hidden
+    took = ", ".join(f"{way} {' '.join(f'{us:.1f}' for us in times)}" for way, times in found.items())
+    return f"up to {rows} rows by peers (us of {' '.join(map(str, _SIZES))} rows: {took})"
+
+
+def _comes(event: torch.cuda.Event, limit_s: float, give_up: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + limit_s
+    while not event.query():
+        if give_up() or time.monotonic() > deadline:
+            return False
+        time.sleep(0.0002)
+    return True
+
+
+def _offer(box: torch.Tensor, device: torch.device, others: Sequence[int]) -> dict[str, Any]:
+    """What others need to map a box; one handle each, since each is counted as one user, until whose end it is not freed."""
+    try:
+        return {"device": device.index, "handles": {str(other): box.untyped_storage()._share_cuda_()[1:] for other in others}}
+    except RuntimeError as error:
+        return {"reason": str(error).splitlines()[0]}
+
+
+def _mapped(offer: dict[str, Any], place: int, device: torch.device) -> torch.Tensor:
+    """Another rank's box, in this GPU's address space."""
+    if "reason" in offer:
+        raise ValueError(f"a box cannot be shared: {offer['reason']}")
+    if not torch.cuda.can_device_access_peer(device.index, offer["device"]):
+        raise ValueError(f"GPU {device.index} cannot read the memory of GPU {offer['device']}")
+    handle, num_bytes, offset, counter, counter_offset, event, _ = offer["handles"][str(place)]
+    # on this device, not on the one that has it, where a context would be made; and no event is waited for, since it was synchronised
+    storage = torch.UntypedStorage._new_shared_cuda(device.index, handle, num_bytes, offset, counter, counter_offset, event, False)
+    return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)

@@ -1,0 +1,192 @@
+"""peer_sum in the Triton language: one program a cell, which writes its numbers into every other rank's box before it waits for theirs."""
+
+# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from trireme_kernels.case import Case
+from trireme_kernels.peer_sum.op import Boxes, PeerSum, bits_of, empty_of
+
+_GLANCE = 256  # looks into the box between looks at `given_up`, which lies in the host's memory
+
+
+def fits(case: Case) -> str | None:
+    return None
+
+
+def build(case: Case) -> PeerSum:
+    return InOneKernel()
+
+
+class InOneKernel:
+    def sum(self, x: Tensor, boxes: Boxes) -> Tensor:
+        x = x.contiguous()
+        cell = boxes.every[0].shape[-1]
+        num = x.numel()
+        block = min(cell, triton.next_power_of_2(num))
+        if num:
+            _sums[(triton.cdiv(num, block),)](x.view(bits_of(x.dtype)), x, num, *_of(boxes), **_fixed(boxes, block))
+        return x
+
+    def sum_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, boxes: Boxes) -> tuple[Tensor, Tensor]:
+        num_rows, hidden = x.shape
+        normed = torch.empty_like(x, memory_format=torch.contiguous_format)
+        total = torch.empty_like(normed)
+        if num_rows:
+            _rows[(num_rows,)](
+                x.view(bits_of(x.dtype)),
+                residual,
+                weight,
+                normed,
+                total,
+                x.stride(0),
+                residual.stride(0),
+                hidden,
+                eps,
+                *_of(boxes),
+                **_fixed(boxes, triton.next_power_of_2(hidden)),
+            )
+        return normed, total
+
+
+def _of(boxes: Boxes) -> tuple[Any, ...]:
+    box = boxes.every[boxes.place]
+    return box, boxes.addresses, boxes.turns, box.stride(0), box.stride(1), box.stride(2)
+
+
+def _fixed(boxes: Boxes, block: int) -> dict[str, int]:
+    box = boxes.every[boxes.place]
+    return {
+        "EMPTY": empty_of(box.dtype),
+        "PLACE": boxes.place,
+        "WORLD": len(boxes.every),
+        "GLANCE": _GLANCE,
+        "BLOCK": block,
+        "num_warps": max(1, min(16, block * box.itemsize // 512)),  # 16 bytes a thread
+    }
+
+
+@triton.jit
+def _sums(
+    bits,
+    x,
+    num,
+    box,
+    addresses,
+    turns,
+    turn_stride,
+    place_stride,
+    cell_stride,
+    EMPTY: tl.constexpr,
+    PLACE: tl.constexpr,
+    WORLD: tl.constexpr,
+    GLANCE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    cell = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    at = cell * BLOCK + column
+    inside = at < num
+    mine = tl.load(bits + at, mask=inside, other=0)
+    kind = x.dtype.element_ty
+    summed = _exchanged(
+        mine, column, inside, cell, box, addresses, turns, turn_stride, place_stride, cell_stride, kind, EMPTY, PLACE, WORLD, GLANCE
+    )
+    tl.store(x + at, summed.to(kind), mask=inside)
+
+
+@triton.jit
+def _rows(
+    bits,
+    residual,
+    weight,
+    normed,
+    total,
+    x_stride,
+    residual_stride,
+    hidden,
+    eps,
+    box,
+    addresses,
+    turns,
+    turn_stride,
+    place_stride,
+    cell_stride,
+    EMPTY: tl.constexpr,
+    PLACE: tl.constexpr,
+    WORLD: tl.constexpr,
+    GLANCE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    inside = column < hidden
+    mine = tl.load(bits + row * x_stride + column, mask=inside, other=0)
+    before = tl.load(residual + row * residual_stride + column, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    kind = total.dtype.element_ty
+    summed = _exchanged(
+        mine, column, inside, row, box, addresses, turns, turn_stride, place_stride, cell_stride, kind, EMPTY, PLACE, WORLD, GLANCE
+    )
+    rounded = (summed + before).to(kind)
+    tl.store(total + row * hidden + column, rounded, mask=inside)
+    value = rounded.to(tl.float32)
+    unscaled = value * tl.rsqrt(tl.sum(value * value, axis=0) / hidden + eps)
+    unscaled = unscaled.to(weight.dtype.element_ty).to(tl.float32)
+    tl.store(normed + row * hidden + column, (unscaled * scale).to(kind), mask=inside)
+
+
+@triton.jit
+def _exchanged(
+    mine,  # bits [BLOCK]
+    column,
+    inside,
+    cell,
+    box,
+    addresses,
+    turns,
+    turn_stride,
+    place_stride,
+    cell_stride,
+    kind: tl.constexpr,
+    EMPTY: tl.constexpr,
+    PLACE: tl.constexpr,
+    WORLD: tl.constexpr,
+    GLANCE: tl.constexpr,
+):
+    """The sums of this cell over the ranks, float32 [BLOCK]."""
+    num_calls = tl.load(turns + cell)
+    at = (num_calls & 1) * turn_stride + cell * cell_stride
+    mine = tl.where(mine == EMPTY, tl.zeros_like(mine), mine)
+    for place in tl.static_range(WORLD):
+        if place != PLACE:
+            there = tl.load(addresses + place).to(tl.pointer_type(mine.dtype))
+            there = tl.multiple_of(there, 16)
+            tl.store(there + at + PLACE * place_stride + column, mine, mask=inside)
+    given_up = tl.load(addresses + WORLD).to(tl.pointer_type(tl.int32))
+    summed = tl.zeros(mine.shape, tl.float32)
+    for place in tl.static_range(WORLD):
+        part = mine
+        if place != PLACE:
+            here = box + at + place * place_stride + column
+            part = tl.load(here, mask=inside, other=0, volatile=True)
+            missing = tl.max((part == EMPTY).to(tl.int32), axis=0)
+            looks = 0
+            while missing > 0:
+                part = tl.load(here, mask=inside, other=0, volatile=True)
+                missing = tl.max((part == EMPTY).to(tl.int32), axis=0)
+                looks += 1
+                if looks % GLANCE == 0:
+                    missing = tl.where(tl.load(given_up, volatile=True) != 0, 0, missing)
+            # every thread has what it read: the maximum was made of all of it
+            tl.store(here, tl.full(mine.shape, EMPTY, mine.dtype), mask=inside)
+        summed += part.to(kind, bitcast=True).to(tl.float32)
+    tl.store(turns + cell, num_calls + 1)  # likewise: all threads know num_calls
+    return summed
