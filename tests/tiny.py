@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +104,8 @@ def tiny_checkpoint(directory: Path | str, family: str, *, seed: int = 0, max_sh
     config = tiny_config(family, **overrides)
     noise = torch.Generator().manual_seed(seed)
     kind = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
-    model = kind.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    with _torch_alone():
+        model = kind.from_config(config, dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
         for name, param in model.named_parameters():
             param.copy_(_random(name, param, noise, hybrid=family in HYBRID_FAMILIES))
@@ -169,7 +172,23 @@ def fuse_experts(directory: Path) -> Path:
 
 def oracle(directory: Path | str) -> PreTrainedModel:
     """The checkpoint in transformers, float32 on the CPU."""
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
+    with _torch_alone():
+        return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+@contextmanager
+def _torch_alone() -> Iterator[None]:
+    """Models of transformers that are imported meanwhile compute by PyTorch alone: kernels of packages that a GPU host has do not
+    compute on its CPU."""
+    hidden = {name: sys.modules.get(name) for name in ("fla", "causal_conv1d")}
+    sys.modules.update(dict.fromkeys(hidden))  # None: cannot be imported
+    try:
+        yield
+    finally:
+        for name, module in hidden.items():
+            del sys.modules[name]
+            if module is not None:
+                sys.modules[name] = module
 
 
 @torch.inference_mode()
