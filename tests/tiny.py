@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
-from importlib import import_module
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -27,12 +26,6 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3NextConfig,
 )
-
-# Where transformers finds flash-linear-attention it computes by kernels for GPUs, even what lies on a CPU. It looks once, here.
-with pytest.MonkeyPatch.context() as patch:
-    patch.setitem(sys.modules, "fla", None)
-    for name in ("qwen3_5", "qwen3_5_moe", "qwen3_next"):
-        import_module(f"transformers.models.{name}.modeling_{name}")
 
 _CONFIGS: dict[str, type[PreTrainedConfig]] = {
     "llama": LlamaConfig,
@@ -111,7 +104,8 @@ def tiny_checkpoint(directory: Path | str, family: str, *, seed: int = 0, max_sh
     config = tiny_config(family, **overrides)
     noise = torch.Generator().manual_seed(seed)
     kind = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
-    model = kind.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    with _torch_alone():
+        model = kind.from_config(config, dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
         for name, param in model.named_parameters():
             param.copy_(_random(name, param, noise, hybrid=family in HYBRID_FAMILIES))
@@ -178,7 +172,23 @@ def fuse_experts(directory: Path) -> Path:
 
 def oracle(directory: Path | str) -> PreTrainedModel:
     """The checkpoint in transformers, float32 on the CPU."""
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
+    with _torch_alone():
+        return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+@contextmanager
+def _torch_alone() -> Iterator[None]:
+    """Models of transformers that are imported meanwhile compute by PyTorch alone: kernels of packages that a GPU host has do not
+    compute on its CPU."""
+    hidden = {name: sys.modules.get(name) for name in ("fla", "causal_conv1d")}
+    sys.modules.update(dict.fromkeys(hidden))  # None: cannot be imported
+    try:
+        yield
+    finally:
+        for name, module in hidden.items():
+            del sys.modules[name]
+            if module is not None:
+                sys.modules[name] = module
 
 
 @torch.inference_mode()

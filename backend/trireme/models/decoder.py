@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from trireme.core.batch import Attend, Batch
+from trireme.core.step import Regime
 from trireme.layers.attention import Attention
 from trireme.layers.block import Block, Build, PerRequest, PerToken
 from trireme.layers.delta import GatedDeltaNet
@@ -150,9 +151,10 @@ class Decoder(nn.Module):
         made = {window: attend for window, attend in captured.items() if attend is not None}
         return made if len(made) == len(captured) else None
 
-    def capture_states(self, num_items: int) -> dict[object, CapturedDeltaStep] | None:
-        """Steps of states inside a CUDA graph, by the op, whose `run` stand in Items.plans; None where any cannot be captured."""
-        captured = {step: step.captured(num_items) for step in self._steps}
+    def capture_states(self, num_items: int, width: int) -> dict[object, CapturedDeltaStep] | None:
+        """Steps of states inside a CUDA graph, by the op, whose `run` stand in Items.plans; None where any cannot be captured. Items
+        have up to `width` rows."""
+        captured = {step: step.captured(num_items, width) for step in self._steps}
         made: dict[object, CapturedDeltaStep] = {step: each for step, each in captured.items() if each is not None}
         return made if len(made) == len(captured) else None
 
@@ -176,6 +178,10 @@ class Decoder(nn.Module):
     def num_edge_rows(self, deal: Deal) -> int:
         """Rows that come over an edge to this rank."""
         return len(deal.rows(self._walks[deal.regime].edge))
+
+    def has_whole_edges(self, regime: Regime) -> bool:
+        """Whether every rank has all rows of the stage's edges, if it has any edges."""
+        return not self._walks[regime].edge or (self.build.first and self.build.last)
 
     def schedule(self) -> list[str]:
         """Every collective of a step in each regime, a line for each block that needs any."""

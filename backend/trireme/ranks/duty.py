@@ -155,7 +155,7 @@ class Duty:
             dtype=self._runner.dtype,
             give_up=self._channel.waiting,  # the front says no more before all have joined, unless it gave up itself
         )
-        self._runner.begin(link)
+        self._runner.begin(link, self._channel.waiting)
         self._epoch, self._over = join.epoch, ""
 
     def _leave(self, why: str) -> None:

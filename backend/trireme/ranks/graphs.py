@@ -1,15 +1,21 @@
 """Graphs: decode steps captured once and launched whole, since a small step costs a GPU less time than Python needs to launch it.
 
-One graph for each bucket of rows, all in one memory pool: they run one after another. A step's numbers are copied into a
-graph's buffers on the stream that replays it, so that steps in flight share them: a copy waits for the replay before it.
+One graph for each bucket of sequences, number of rows of a sequence (a token, or a token and drafts) and regime, all in one memory
+pool: they run one after another. A step's numbers are copied into a graph's buffers on the stream that replays it, so that steps in
+flight share them: a copy waits for the replay before it.
+
+Graphs that hold collectives belong to an epoch, as its groups do: every rank of a stage captures the same ones in the same order.
+Others are captured once.
 """
 
 from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -18,16 +24,60 @@ from trireme.core.batch import Batch, Items
 from trireme.core.settings import Settings
 from trireme.core.step import PAGE, Regime
 from trireme.models.decoder import Computed, Decoder
+from trireme.parallel.comm import LinkLost
 from trireme.parallel.deal import Deal
 from trireme.ranks.rows import Rows
+from trireme.ranks.staging import upload
+
+_GLANCE_S = 0.0005  # between looks whether the device is done
 
 Fill = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # tokens int64 [N], their slots int64 [N] -> tokens, none of them FED
 
 
+class Recording(Protocol):
+    """Launches that were captured."""
+
+    def replay(self) -> None: ...
+
+    def reset(self) -> None:
+        """It holds nothing any more."""
+        ...
+
+
+Record = Callable[[Callable[[], None]], Recording]
+"""Captures what a function launches. Nothing of it is computed before the first replay."""
+
+
+class Shape(NamedTuple):
+    """What a graph computes."""
+
+    items: int  # sequences, at the most
+    width: int  # rows of each, at the most
+    regime: Regime
+
+    @property
+    def num_rows(self) -> int:
+        return self.items * self.width
+
+
 def buckets(max_num_seqs: int) -> list[int]:
-    """Numbers of rows that are captured: 1, 2, 4, 8, 16, 24, 32, then by 16; the last one is max_num_seqs."""
+    """Numbers of sequences that are captured: 1, 2, 4, 8, 16, 24, 32, then by 16; the last one is max_num_seqs."""
     sizes = [1, 2, 4, *range(8, 32, 8), *range(32, max_num_seqs, 16)]
     return [*(size for size in sizes if size < max_num_seqs), max_num_seqs]
+
+
+def shapes(settings: Settings, decoder: Decoder) -> list[Shape]:
+    """Those of every decode step that a front may ask for, largest first: with one row a sequence, or while drafts are made with
+    up to num_tokens more."""
+    found = []
+    for width in range(1, 2 + decoder.build.plan.mtp):
+        most = settings.max_num_seqs if width == 1 else min(settings.max_num_seqs, settings.mtp.max_batch_size)
+        sizes = buckets(most)
+        for below, items in zip([0, *sizes], sizes, strict=False):
+            rows = range(below + width, items * width + 1)  # one sequence of width rows, others of one; all of width
+            named = dict.fromkeys(Regime.of([each], settings.sp_from, 1) for each in rows)
+            found += [Shape(items, width, regime) for regime in named if decoder.has_whole_edges(regime)]
+    return sorted(found, key=lambda shape: shape.num_rows, reverse=True)
 
 
 def why_none(settings: Settings, decoder: Decoder, device: torch.device) -> str | None:
@@ -36,118 +86,223 @@ def why_none(settings: Settings, decoder: Decoder, device: torch.device) -> str 
         return "a CPU has none"
     if settings.enforce_eager:
         return "enforce_eager"
-    if settings.ranks_per_stage > 1:
-        return "its collectives belong to an epoch"
     if decoder.build.spec.num_experts and settings.experts == "dispatched":
         return "the host must know how many rows are dispatched"
     if decoder.capture_attention(1, 1) is None:
         return "its attention cannot be captured"
-    if decoder.capture_states(1) is None:
+    if decoder.capture_states(1, 1) is None:
         return "its states cannot be captured"
     return None
 
 
+class Recorder:
+    """Record, on a GPU. `give_up`: whether the epoch was given up, which frees nobody who waits for the device."""
+
+    def __init__(self, device: torch.device, give_up: Callable[[], bool], limit_s: float):
+        self._device, self._give_up, self._limit_s = device, give_up, limit_s
+        self._pool = torch.cuda.graph_pool_handle()
+        # Its own: torch's is of the GPU that this process had first, and a worker of a pool may have another one by now.
+        self._stream = torch.cuda.Stream(device)
+
+    def __call__(self, compute: Callable[[], None]) -> Recording:
+        """LinkLost where another rank does not come."""
+        compute()  # what is compiled, chosen or connected at its first use cannot be captured
+        self._wait()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # only this thread's calls are looked at: NCCL's watchdogs ask for events meanwhile
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                compute()
+        except BaseException:
+            graph.reset()
+            raise
+        return graph
+
+    def _wait(self) -> None:
+        """As torch.cuda.synchronize, which nobody could end."""
+        done, deadline = torch.cuda.Event(), time.monotonic() + self._limit_s
+        done.record()
+        while not done.query():
+            if self._give_up():
+                raise LinkLost("the epoch was given up while graphs were captured")
+            if time.monotonic() > deadline:
+                raise LinkLost(f"another rank did not come within {self._limit_s:g} s while graphs were captured")
+            time.sleep(_GLANCE_S)
+
+
 class Graphs:
-    """Steps in which every sequence decodes one token, also after drafts that stand. Rows that fill up a bucket write to a page that
+    """Steps in which every sequence decodes one token, or verifies drafts after one. Rows that fill up a bucket write to a page that
     nobody reads, and change no states."""
 
     def __init__(
         self,
         decoder: Decoder,
         caches: Sequence[tuple[torch.Tensor, ...]],
-        sizes: Sequence[int],
+        shapes: Iterable[Shape],
         *,
         fill: Fill,
         scratch_page: int,
         max_pages: int,  # of one sequence
     ):
-        began, free = time.perf_counter(), torch.cuda.mem_get_info()[0]
-        pool = torch.cuda.graph_pool_handle()
-        self._sizes = sorted(sizes)
-        graphs = {size: _Graph(decoder, caches, size, fill, scratch_page, max_pages, pool) for size in reversed(self._sizes)}
-        self._graphs = [graphs[size] for size in self._sizes]
-        self.seconds, self.num_bytes = time.perf_counter() - began, free - torch.cuda.mem_get_info()[0]
+        self._all = [Graph(decoder, caches, shape, fill, scratch_page, max_pages) for shape in shapes]
+        self._by_size: dict[tuple[int, Regime], list[Graph]] = defaultdict(list)
+        for graph in reversed(self._all):
+            self._by_size[graph.shape.width, graph.shape.regime].append(graph)
+        self._counts_loads = decoder.build.plan.eplb and bool(decoder.mixtures)
+        self._told = "not captured"
+
+    def __len__(self) -> int:
+        return len(self._all)
 
     def __str__(self) -> str:
-        return f"{len(self._graphs)} of 1 to {self._sizes[-1]} rows, captured in {self.seconds:.1f} s, {self.num_bytes / (1 << 30):.2f} GiB"
+        shapes = [graph.shape for graph in self._all]
+        most, width = max(shape.items for shape in shapes), max(shape.width for shape in shapes)
+        return f"{len(shapes)} of 1 to {most} sequences{f' and 1 to {width} rows of each' if width > 1 else ''}, {self._told}"
 
-    def run(self, rows: Rows, page_table: np.ndarray, received: torch.Tensor | None) -> Computed:
-        """Rows of decodes only; page_table int32 [I, P], of their items -> what the decoder's forward gives. It is overwritten by
-        the next run."""
-        return self._graphs[bisect_left(self._sizes, len(rows.slots))].run(rows, page_table, received)
+    def warm(self) -> None:
+        """Once before any capture: kernels are compiled."""
+        for graph in self._all:
+            graph.compute()
+            graph.drop()
+
+    def capture(self, record: Record) -> None:
+        """Every rank of a stage calls it, or none."""
+        with self._measured():
+            try:
+                for graph in self._all:
+                    graph.capture(record)
+            except BaseException:
+                self.drop()  # here, since who handles the error keeps this frame, and with it what an abort of groups would wait for
+                raise
+
+    def drop(self) -> None:
+        """Before the groups that they hold are closed."""
+        for graph in self._all:
+            graph.drop()
+
+    def find(self, rows: Rows, regime: Regime) -> Graph | None:
+        """The least graph that computes these rows, all of which are sampled; None where none does."""
+        if not len(rows.slots) or not (rows.samples == rows.counts).all():
+            return None
+        width = int(rows.counts.max())
+        if self._counts_loads and rows.counts.min() < width:  # padding amid the rows would be counted
+            return None
+        graphs = self._by_size.get((width, regime), [])
+        at = bisect_left(graphs, len(rows.slots), key=lambda graph: graph.shape.items)
+        return graphs[at] if at < len(graphs) and graphs[at].is_captured else None
+
+    @contextmanager
+    def _measured(self) -> Iterator[None]:
+        began, on_gpu = time.perf_counter(), torch.cuda.is_available()
+        free = torch.cuda.mem_get_info()[0] if on_gpu else 0
+        yield
+        took = free - torch.cuda.mem_get_info()[0] if on_gpu else 0
+        self._told = f"captured in {time.perf_counter() - began:.1f} s, {took / (1 << 30):.2f} GiB"
 
 
-class _Graph:
-    """Of `size` rows."""
+class Graph:
+    """Of one shape. Each sequence has `width` rows, of which those behind its own are padding."""
 
     def __init__(
         self,
         decoder: Decoder,
         caches: Sequence[tuple[torch.Tensor, ...]],
-        size: int,
+        shape: Shape,
         fill: Fill,
         scratch_page: int,
         max_pages: int,
-        pool: Any,
     ):
-        build, one = decoder.build, np.ones(size, np.int32)
-        deal = Deal(build.plan, build.rank, one, Regime(), build.device)
+        build, (items, width, regime) = decoder.build, shape
+        self.shape = shape
+        self._decoder, self._caches, self._fill = decoder, caches, fill
+        self._counts = np.full(items, width, np.int32)
+        self._deal = Deal(build.plan, build.rank, self._counts, regime, build.device)
         padding = np.array([[0], [0], [0], [scratch_page * PAGE], [0]])
-        self._padding = np.repeat(padding, size, axis=1)  # int64 [5, size]: tokens, slots, positions, pages; first of the last, how many
-        self._numbers = torch.from_numpy(self._padding).to(build.device)
-        self._edge = (
-            None if build.first else torch.zeros(decoder.num_edge_rows(deal), build.spec.hidden, dtype=build.dtype, device=build.device)
-        )
-        attends = decoder.capture_attention(size, max_pages)
-        advances = decoder.capture_states(size)
+        # int64 [5, rows]: tokens, slots, positions, pages; first of the last, how many
+        self._padding = np.repeat(padding, shape.num_rows, axis=1)
+        self._numbers = torch.from_numpy(self._padding.copy()).to(build.device)
+        num_edge_rows, hidden = decoder.num_edge_rows(self._deal), build.spec.hidden
+        self._edge = None if build.first else torch.zeros(num_edge_rows, hidden, dtype=build.dtype, device=build.device)
+        attends = decoder.capture_attention(shape.num_rows, max_pages)
+        advances = decoder.capture_states(items, width)
         assert attends is not None and advances is not None, "asked before"
         self._attends, self._advances = attends, advances
         for attend in attends.values():
-            attend.plan(one, np.zeros((size, 1), np.int32))
-        zero = np.zeros(size, np.int32)
-        self._head_rows = torch.arange(size, device=build.device)  # kept, as all that a graph reads
+            attend.plan(np.ones(shape.num_rows, np.int32), np.zeros((shape.num_rows, 1), np.int32))
+        self._head_rows = torch.arange(shape.num_rows, device=build.device)  # kept, as all that a graph reads
+        self._recording: Recording | None = None
+        self._result: Computed | None = None
 
-        def forward() -> Computed:
-            tokens, slots, positions, pages, num_rows = self._numbers
-            batch = Batch(
-                tokens=fill(tokens, slots) if build.first else tokens,
-                positions=positions,
-                pages=pages,
-                attention={window: attend.run for window, attend in attends.items()},
-                shared=None,
-                caches=caches,
-                head_rows=self._head_rows,
-                items=Items(slots, positions == 0, one, zero, zero > 0, {op: advance.run for op, advance in advances.items()}),
-                num_rows=num_rows[:1],
-            )
-            return decoder.forward(batch, deal, self._edge)
+    @property
+    def is_captured(self) -> bool:
+        return self._recording is not None
 
-        forward()  # what is compiled or chosen at its first use cannot be captured
-        torch.cuda.synchronize()
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
-            result = forward()
-        self._result = result._replace(rows=_borrowed(result.rows)) if build.last else result
+    def compute(self) -> None:
+        """The launches of a step, from buffers that stay where they are."""
+        self._result = None  # logits are large
+        tokens, slots, positions, pages, num_rows = self._numbers
+        none, width = np.zeros_like(self._counts), self.shape.width
+        firsts = positions[::width]
+        batch = Batch(
+            tokens=self._fill(tokens, slots) if self._decoder.build.first else tokens,
+            positions=positions,
+            pages=pages,
+            attention={window: attend.run for window, attend in self._attends.items()},
+            shared=None,
+            caches=self._caches,
+            head_rows=self._head_rows,
+            items=Items(
+                slots[::width].contiguous(),
+                firsts == 0,
+                self._counts,
+                none,
+                none > 0,
+                {op: advance.run for op, advance in self._advances.items()},
+            ),
+            num_rows=num_rows[:1],
+        )
+        self._result = self._decoder.forward(batch, self._deal, self._edge)
+
+    def capture(self, record: Record) -> None:
+        self._recording = record(self.compute)
+        if self._decoder.build.last and self._result is not None and self._result.rows.is_cuda:
+            self._result = self._result._replace(rows=_borrowed(self._result.rows))
+
+    def drop(self) -> None:
+        if self._recording is not None:
+            self._recording.reset()
+        self._recording = self._result = None
 
     def run(self, rows: Rows, page_table: np.ndarray, received: torch.Tensor | None) -> Computed:
-        num_rows = len(rows.slots)
-        host = torch.empty(self._numbers.shape, dtype=torch.int64, pin_memory=True)
+        """Rows that `find` gave this graph for; page_table int32 [I, P], of their items -> what the decoder's forward gives. It is
+        overwritten by the next run."""
+        assert self._recording is not None, "captured before"
+        width, device, num_items = self.shape.width, self._numbers.device, len(rows.slots)
+        places = np.repeat(np.arange(num_items) * width - rows.firsts, rows.counts) + np.arange(len(rows.tokens))
+        at: slice | torch.Tensor = slice(0, len(places))
+        if len(places) < num_items * width:
+            [at] = upload([places], device)
+        host = torch.empty(self._numbers.shape, dtype=torch.int64, pin_memory=device.type == "cuda")
         numbers = host.numpy()
         numbers[:] = self._padding
-        numbers[:4, :num_rows] = rows.tokens, rows.slots, rows.positions, rows.pages
-        numbers[4, 0] = num_rows
+        numbers[:4, places] = rows.tokens, rows.owners, rows.positions, rows.pages
+        numbers[1, : num_items * width : width] = rows.slots
+        numbers[4, 0] = len(places)
         self._numbers.copy_(host, non_blocking=True)
+        ends = np.ones(num_items * width, np.int32)
+        ends[places] = rows.positions + 1
         for attend in self._attends.values():
-            attend.plan(rows.ends, page_table)
+            attend.plan(ends, np.repeat(page_table, width, axis=0))
         for advance in self._advances.values():
             advance.plan(rows.counts, rows.replays, rows.holds)
         if self._edge is not None and received is not None:
-            self._edge[:num_rows].copy_(received)
-        self._graph.replay()
-        result, normed = self._result.rows[:num_rows], self._result.normed
+            self._edge[at] = received
+        self._recording.replay()
+        assert self._result is not None
+        result, normed = self._result
         if normed is not None:
-            return Computed(result, normed[:num_rows])
-        return Computed(result.clone())  # a link may still send the last one
+            return Computed(result[at], normed[at])
+        return Computed(result[at].clone())  # a link may still send the last one
 
 
 class _Borrowed:

@@ -31,11 +31,6 @@ class Rows:
         return self.tokens == FED
 
     @property
-    def only_decodes(self) -> bool:
-        """Whether every item has one row, and it is sampled."""
-        return len(self.tokens) == len(self.slots) == len(self.sampled)
-
-    @property
     def ends(self) -> np.ndarray:  # int32 [I]: position after an item's last row = keys it sees
         return self.starts + self.counts
 

@@ -12,6 +12,7 @@ import torch
 
 from trireme.core.batch import Attend, Batch, Items
 from trireme.core.control import Answer
+from trireme.core.log import logger
 from trireme.core.request import Logprobs, Sampling
 from trireme.core.settings import Settings
 from trireme.core.step import PAGE, Clock, Open, Outcome, Step, array, ints
@@ -25,7 +26,7 @@ from trireme.parallel.relocation import Unprepared
 from trireme.parallel.vocabulary import CutLogits
 from trireme.ranks.drafter import Drafter
 from trireme.ranks.fed import FedTokens
-from trireme.ranks.graphs import Graphs, buckets, why_none
+from trireme.ranks.graphs import Graph, Graphs, Record, Recorder, shapes, why_none
 from trireme.ranks.logprobs import Prompts, Stretch
 from trireme.ranks.memory import Sizes, check_states, find_room, num_pages, num_snapshots
 from trireme.ranks.mixtures import Mixtures
@@ -78,12 +79,18 @@ class Runner:
         self._fed = FedTokens(settings.max_num_seqs, settings.inflight, device)
         self._watch: Stopwatch | None = None  # of the last step
         self._graphs: Graphs | None = None
-        self.graphs = why_none(settings, decoder, device) or ""  # why there are none, or what they took
-        self._make_room(max_model_len, [] if self.graphs else buckets(settings.max_num_seqs), progress)
+        self._why_no_graphs = why_none(settings, decoder, device)
+        self._make_room(max_model_len, progress)
 
-    def begin(self, link: Link) -> None:
-        """A new epoch: nothing is known of any sequence. Caches need no wiping, since no page is read before it is written."""
+    @torch.inference_mode()
+    def begin(self, link: Link, give_up: Callable[[], bool] = lambda: False) -> None:
+        """A new epoch: nothing is known of any sequence. Caches need no wiping, since no page is read before it is written. Graphs
+        that hold collectives are captured, for which all ranks of the stage must come: LinkLost where they do not, or `give_up`
+        says so."""
         self._link, self._watch = link, None
+        if self._graphs is not None and self._graphs_are_of_epochs:
+            self._graphs.capture(self._recorder(give_up))
+            logger(f"stage_{self._stage} rank {self.collectives.rank}").info("graphs: %s", self.graphs)
         if self._mixtures is not None:
             self._mixtures.forget()
         self._fed.clear()
@@ -92,11 +99,25 @@ class Runner:
 
     def leave(self) -> None:
         """Close and drop the link and the groups, and everything on its way over them: only then are the other ends freed."""
+        if self._graphs is not None and self._graphs_are_of_epochs:
+            self._graphs.drop()  # first: the end of a group waits for the graphs that hold it
         if self._link is not None:
             self._link.close()
         self._link = None
         self.collectives.leave()
         self._fed.clear()
+
+    @property
+    def graphs(self) -> str:
+        """Why there are none, or what they took."""
+        return self._why_no_graphs or f"{self._graphs}{'; none for steps that tell experts' if self._decoder.mixtures else ''}"
+
+    @property
+    def _graphs_are_of_epochs(self) -> bool:
+        return bool(self.collectives.spans)
+
+    def _recorder(self, give_up: Callable[[], bool]) -> Record:
+        return Recorder(self._device, give_up, self._settings.step_timeout_s)
 
     @property
     def map_version(self) -> int:
@@ -137,8 +158,9 @@ class Runner:
         self._states.restore(step.restores)
         stretches = self._prompts.stretches(rows)
         batch, routed = None, bytes
-        if self._graphs and rows.only_decodes and not (stretches or step.drafts or step.routed):
-            computed = self._graphs.run(rows, self._table_of(rows.slots, rows.ends), received)
+        graph = self._find_graph(step, rows)
+        if graph is not None and not stretches:
+            computed = graph.run(rows, self._table_of(rows.slots, rows.ends), received)
         else:
             head_rows = np.concatenate([rows.sampled, *(stretch.rows for stretch in stretches)])
             batch = self._batch(rows, deal, head_rows, self._plan_attention(rows, deal), routed=[] if step.routed else None)
@@ -177,6 +199,9 @@ class Runner:
             }[watch.phase()]
 
         return Pending(self._device.type != "cpu", finish, where)
+
+    def _find_graph(self, step: Step, rows: Rows) -> Graph | None:
+        return None if self._graphs is None or step.routed else self._graphs.find(rows, step.regime)
 
     def _read(self, step: Step) -> Rows:
         """What the step changes, then its rows."""
@@ -265,10 +290,10 @@ class Runner:
         self, step: Step, rows: Rows, deal: Deal, batch: Batch | None, computed: Computed, sampled: Sampled | None
     ) -> torch.Tensor | None:
         """What the head that drafts, if there is one, makes of a step: int32 [items that sample, Step.drafts]. A step that a graph
-        computed has no batch, and asks for none."""
+        computed has no batch."""
         if self._drafter is None or computed.normed is None:
             return None
-        batch = batch or self._batch(rows, deal, rows.sampled, {})
+        batch = batch or self._batch(rows, deal, rows.sampled, self._plan_attention(rows, deal) if step.drafts else {})
         return self._drafter.draft(step, rows, deal, batch, computed.normed, None if sampled is None else sampled.tokens)
 
     def _describe(
@@ -302,9 +327,10 @@ class Runner:
         return read
 
     @torch.inference_mode()
-    def _make_room(self, max_model_len: int, graph_sizes: list[int], progress: Callable[[str], None]) -> None:
-        """Find out how many pages and snapshots there is room for, take them, and capture graphs over them."""
+    def _make_room(self, max_model_len: int, progress: Callable[[str], None]) -> None:
+        """Find out how many pages and snapshots there is room for, take them, and make graphs over them."""
         settings, num_drafts = self._settings, self._decoder.build.plan.mtp
+        captured = [] if self._why_no_graphs else shapes(settings, self._decoder)
         self._num_held = 1 + num_drafts if num_drafts else 0
         sizes = Sizes.of(self._decoder.keeps, self._num_held)
         most_rows = min(settings.max_num_batched_tokens, settings.max_num_seqs * max_model_len)
@@ -315,10 +341,17 @@ class Runner:
         def largest() -> None:
             passing = self._mixtures.passing() if self._mixtures is not None else None  # maps may be prepared beside it
             self._try(_spread(most_rows, most_items))
+            verify()
+            del passing
+
+        def decode() -> None:
+            self._try(np.ones(most_items, np.int32))
+            verify()
+
+        def verify() -> None:
             if self._num_held:
                 num_drafting = min(most_items, settings.mtp.max_batch_size, most_rows // self._num_held)
                 self._try(np.full(max(1, num_drafting), self._num_held, np.int32), hold=True)
-            del passing
 
         progress("is measuring its memory")
         rehearse(self.collectives)
@@ -327,24 +360,29 @@ class Runner:
             self._device,
             sizes,
             largest=largest,
-            decode=lambda: self._try(np.ones(most_items, np.int32)),
-            num_graphs=len(graph_sizes),
+            decode=decode,
+            num_graphs=len(captured),
         )
         self.collectives.leave()
         self.num_pages = num_pages(self.room, sizes, settings, self._stage)
         self.num_snapshots = num_snapshots(self.room, sizes)
-        self._allocate(self.num_pages + bool(graph_sizes), self.num_snapshots or 0)
-        if graph_sizes:
+        self._allocate(self.num_pages + bool(captured), self.num_snapshots or 0)
+        if captured:
             progress("is capturing graphs")
             self._graphs = Graphs(
                 self._decoder,
                 self._caches,
-                graph_sizes,
+                captured,
                 fill=self._fed.fill,
                 scratch_page=self.num_pages,
                 max_pages=self._page_table.shape[1],
             )
-            self.graphs = f"{self._graphs}{'; none for steps that tell experts' if self._decoder.mixtures else ''}"
+            if self._graphs_are_of_epochs:
+                rehearse(self.collectives)
+                self._graphs.warm()
+                self.collectives.leave()
+            else:
+                self._graphs.capture(self._recorder(lambda: False))
 
     def _allocate(self, num_pages: int, num_snapshots: int) -> None:
         """The caches of all blocks, in place of those there were, which are freed first."""

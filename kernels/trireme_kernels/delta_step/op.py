@@ -49,15 +49,16 @@ class DeltaStep(Protocol):
         """
         ...
 
-    def captured(self, num_items: int) -> CapturedDeltaStep | None:
-        """Steps of up to `num_items` items inside a CUDA graph; None where the implementation cannot be captured."""
+    def captured(self, num_items: int, width: int) -> CapturedDeltaStep | None:
+        """Steps of up to `num_items` items of up to `width` rows inside a CUDA graph; None where the implementation cannot be
+        captured."""
         ...
 
 
 class CapturedDeltaStep(Protocol):
     """A graph holds its launches and the addresses of its buffers, and `plan` writes those in the stream's order, outside of
-    the graph, before each replay: as paged_attention's CapturedDecode. Outputs of rows past the items' own are zero, and items
-    past those planned change nothing, whatever their slots and `fresh` are."""
+    the graph, before each replay: as paged_attention's CapturedDecode. Item i's rows begin at i * width. Outputs of rows that are
+    no item's are zero, and items past those planned change nothing, whatever their slots and `fresh` are."""
 
     def plan(self, counts: np.ndarray, replays: np.ndarray, holds: np.ndarray) -> None:
         """As DeltaStep's, of n <= num_items items."""

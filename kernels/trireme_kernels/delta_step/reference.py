@@ -94,7 +94,7 @@ class Reference:
         states.index_copy_(0, slots, state)
         return plan.rows.flat(out)
 
-    def captured(self, num_items: int) -> None:
+    def captured(self, num_items: int, width: int) -> None:
         """None: the longest item's rows are launches of their own."""
 
 

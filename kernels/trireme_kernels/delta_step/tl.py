@@ -39,7 +39,10 @@ class Fused:
     def plan(self, counts: np.ndarray, replays: np.ndarray, holds: np.ndarray) -> Tensor:
         """int32 [4, I]: first row, rows, replayed rows, whether rows are held."""
         counts = np.asarray(counts)
-        return upload(np.stack((np.cumsum(counts) - counts, counts, replays, holds)).astype(np.int32), self.device)
+        return self.laid_out(np.cumsum(counts) - counts, counts, replays, holds)
+
+    def laid_out(self, *numbers: np.ndarray) -> Tensor:
+        return upload(np.stack(numbers).astype(np.int32), self.device)
 
     def run(
         self,
@@ -59,17 +62,19 @@ class Fused:
         out = torch.empty(len(qkv), *a.shape[1:], states.shape[3], dtype=qkv.dtype, device=qkv.device)
         return launch(qkv, a, b, weight, log_decay, dt_bias, inputs, states, held, slots, fresh, plan, out)
 
-    def captured(self, num_items: int) -> CapturedDeltaStep:
-        return _Captured(self, num_items)
+    def captured(self, num_items: int, width: int) -> CapturedDeltaStep:
+        return _Captured(self, num_items, width)
 
 
 class _Captured:
-    def __init__(self, op: Fused, num_items: int):
+    def __init__(self, op: Fused, num_items: int, width: int):
         self._op, self._plan = op, torch.zeros(4, num_items, dtype=torch.int32, device=op.device)
+        self._firsts = np.arange(num_items) * width
 
     def plan(self, counts: np.ndarray, replays: np.ndarray, holds: np.ndarray) -> None:
-        more = (0, self._plan.shape[1] - len(counts))
-        self._plan.copy_(self._op.plan(*(np.pad(np.asarray(numbers), more) for numbers in (counts, replays, holds))), non_blocking=True)
+        more = (0, len(self._firsts) - len(counts))
+        numbers = (np.pad(np.asarray(each), more) for each in (counts, replays, holds))
+        self._plan.copy_(self._op.laid_out(self._firsts, *numbers), non_blocking=True)
 
     def run(
         self,

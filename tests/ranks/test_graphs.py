@@ -1,0 +1,190 @@
+"""Graphs without a GPU: a recording that computes again from the graph's buffers. Steps give what they give one kernel at a time, for
+any number of sequences and drafts, and padding changes nothing; a capture that fails leaves nothing."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ranks.by_hand import ByHand, Item
+from tiny import random_prompts, tiny_checkpoint
+from trireme.core.settings import make_settings
+from trireme.core.step import Regime, array
+from trireme.parallel.comm import LinkLost
+from trireme.ranks import runner
+from trireme.ranks.graphs import Shape, shapes
+from trireme_kernels.delta_step import reference as delta_step
+from trireme_kernels.paged_attention import reference as paged_attention
+
+PROMPTS = random_prompts((30, 1, 16, 50))
+MOST = 3
+
+
+class Again:
+    """A recording."""
+
+    def __init__(self, compute: Callable[[], None]):
+        compute()
+        self.replay: Callable[[], None] | None = compute
+
+    def reset(self) -> None:
+        self.replay = None
+
+
+class Attends:
+    """A CapturedDecode: as many items as there is room for, always."""
+
+    def __init__(self, op, batch_size: int, max_pages: int):
+        self._op, self._batch_size, self._max_pages = op, batch_size, max_pages
+
+    def plan(self, kv_lens, page_table) -> None:
+        assert len(kv_lens) == len(page_table) <= self._batch_size and page_table.shape[1] <= self._max_pages
+        more = self._batch_size - len(kv_lens)
+        lens, table = np.pad(kv_lens, (0, more), constant_values=1), np.pad(page_table, ((0, more), (0, 0)))
+        self._plan = self._op.plan(np.ones_like(lens), lens, table)
+
+    def run(self, q, k_pool, v_pool):
+        assert len(q) == self._batch_size
+        return self._op.run(q, k_pool, v_pool, self._plan)
+
+
+class Advances:
+    """A CapturedDeltaStep: nothing is done for items that are not there."""
+
+    def __init__(self, op, num_items: int, width: int):
+        self._op, self._num_items, self._width, self._counts = op, num_items, width, np.zeros(0, np.int32)
+
+    def plan(self, counts, replays, holds) -> None:
+        self._counts, self._plan = counts, self._op.plan(counts, replays, holds)
+
+    def run(self, qkv, a, b, *rest):
+        *shared, slots, fresh = rest
+        num_items, num_heads, value_dim = len(self._counts), shared[4].shape[1], shared[4].shape[3]
+        assert len(qkv) == self._num_items * self._width and len(slots) == self._num_items
+        out = qkv.new_zeros(len(qkv), num_heads, value_dim)
+        if num_items:
+            at = torch.from_numpy(np.concatenate([item * self._width + np.arange(count) for item, count in enumerate(self._counts)]))
+            out[at] = self._op.run(qkv[at], a[at], b[at], *shared, slots[:num_items], fresh[:num_items], self._plan)
+        return out
+
+
+@pytest.fixture
+def recorded(monkeypatch) -> list[Again]:
+    """What runners record that are loaded from now on."""
+    made: list[Again] = []
+
+    def record(compute: Callable[[], None]) -> Again:
+        made.append(Again(compute))
+        return made[-1]
+
+    monkeypatch.setattr(runner, "why_none", lambda *args: None)
+    monkeypatch.setattr(runner.Runner, "_recorder", lambda *args: record)
+    monkeypatch.setattr(paged_attention.Reference, "captured", lambda op, *sizes: Attends(op, *sizes))
+    monkeypatch.setattr(delta_step.Reference, "captured", lambda op, *sizes: Advances(op, *sizes))
+    return made
+
+
+@pytest.fixture(scope="module", params=["qwen3", "qwen3_5_moe"])
+def model(request, tmp_path_factory) -> Path:
+    return tiny_checkpoint(
+        tmp_path_factory.mktemp("tiny"), request.param, num_hidden_layers=4, num_attention_heads=12, num_key_value_heads=2
+    )
+
+
+def run(model: Path, **values) -> list[list[int]]:
+    """Tokens and drafts of steps with drafts of any number, that stand or do not, of sequences that join one after another."""
+    has_head = "qwen3_5" in (model / "config.json").read_text()
+    stages, chance = ByHand(model, mtp={"num_tokens": MOST if has_head else 0}, **values), random.Random(0)
+    texts, replays, told = [[*prompt] for prompt in PROMPTS], [0] * 4, []
+    for number in range(24):
+        if number < len(PROMPTS):
+            stages.open(number, PROMPTS[number])
+        items, widths = [], {"drafts": MOST, "mixed": None, "none": 0}[["drafts", "mixed", "none"][number % 3]]
+        for slot, text in enumerate(texts[: number + 1]):
+            if number % 5 == 4 and slot == 1:
+                continue
+            if text == PROMPTS[slot]:
+                items.append(Item(slot, 0, text, 1))
+                continue
+            num_drafts = (chance.randint(0, MOST) if widths is None else widths) if has_head else 0
+            drafts = [chance.randrange(3, 251) for _ in range(num_drafts)]
+            items.append(Item(slot, len(text) - 1, [text[-1], *drafts], 1 + num_drafts, replays[slot], holds=num_drafts > 0))
+        outcome = stages.step(*items, drafts=1 + number % MOST if has_head and number % 4 else 0)
+        tokens = array(outcome.tokens).tolist()
+        told.append([*tokens, -1, *array(outcome.drafts).tolist()])
+        for item in items:
+            mine, tokens = tokens[: item.samples], tokens[item.samples :]
+            stood = chance.randint(0, item.samples - 1) if item.holds else 0
+            # whatever was sampled, some drafts are said to have stood: what states take is then what was written
+            replays[item.slot] = 1 + stood if item.holds else 0
+            texts[item.slot] += [*list(item.tokens[1 : 1 + stood]), mine[stood]]
+        if number == 12:
+            stages.begin()
+            return told + run_again(stages, texts)
+    return told
+
+
+def run_again(stages: ByHand, texts: list[list[int]]) -> list[list[int]]:
+    """In another epoch all is computed anew."""
+    for slot, text in enumerate(texts):
+        stages.open(slot, text)
+    items = [Item(slot, 0, text, 1) for slot, text in enumerate(texts)]
+    firsts = array(stages.step(*items).tokens).tolist()
+    items = [Item(slot, len(text), [token], 1) for (slot, text), token in zip(enumerate(texts), firsts, strict=True)]
+    return [firsts, array(stages.step(*items).tokens).tolist()]
+
+
+@pytest.mark.parametrize("num_stages", [1, 2])
+def test_steps_give_what_they_give_without_graphs(model, recorded, monkeypatch, num_stages):
+    replays = []
+    plain = Again.__init__
+
+    def counted(self, compute):
+        plain(self, compute)
+        self.replay = lambda: (replays.append(1), compute())
+
+    monkeypatch.setattr(Again, "__init__", counted)
+    found = run(model, pipeline_parallel_size=num_stages)
+    assert recorded and len(replays) > 8
+    monkeypatch.setattr(runner, "why_none", lambda *args: "eager")
+    assert found == run(model, pipeline_parallel_size=num_stages)
+
+
+@pytest.mark.parametrize("values", [{}, {"sequence_parallel": 3}], ids=["tp2", "tp2 sp"])
+def test_so_do_ranks_of_a_stage(model, recorded, monkeypatch, values):
+    """Each epoch captures its own."""
+    told = []
+    for why in (None, "eager"):
+        monkeypatch.setattr(runner, "why_none", lambda *args, why=why: why)
+        told.append(run(model, tensor_parallel_size=2, **values))
+    assert told[0] == told[1] and recorded[0].replay is None
+
+
+def test_a_shape_for_every_regime_that_a_front_may_ask_for(model, recorded):
+    [only] = ByHand(model, max_num_seqs=6).runners
+    made = shapes(make_settings({"model": "m", "max_num_seqs": 6, "mtp": {"max_batch_size": 2}}), only._decoder)
+    plain = Regime()
+    narrow = [Shape(6, 1, plain), Shape(4, 1, plain), Shape(2, 1, plain), Shape(1, 1, plain)]
+    assert [shape for shape in made if shape.width == 1] == narrow
+    drafts = only._decoder.build.plan.mtp
+    assert len(made) == len(narrow) + 2 * drafts and made == sorted(made, key=lambda shape: -shape.num_rows)
+
+
+def test_a_capture_that_fails_leaves_nothing(model, recorded):
+    [only] = ByHand(model).runners
+    graphs, made = only._graphs, []
+
+    def record(compute: Callable[[], None]) -> Again:
+        if len(made) == 2:
+            raise LinkLost("gone")
+        made.append(Again(compute))
+        return made[-1]
+
+    with pytest.raises(LinkLost):
+        graphs.capture(record)
+    assert all(recording.replay is None for recording in made)
