@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -35,6 +37,16 @@ class Linear(nn.Module):
         if fits and torch.backends.mkldnn.is_available():
             self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.data, None)
             del self.weight
+
+    def parts(self, x: torch.Tensor, columns: Sequence[slice]) -> Iterator[torch.Tensor]:
+        """Columns of x [T, in] -> [T, out], each part by a product of its own once it is asked for; of a packed weight by one for all."""
+        if self._packed is not None:
+            whole = self(x)
+            yield from (whole[:, part] for part in columns)
+            return
+        bias = self.bias if self._adds_bias else None
+        for part in columns:
+            yield F.linear(x, self.weight[part], None if bias is None else bias[part])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         bias = self.bias if self._adds_bias else None

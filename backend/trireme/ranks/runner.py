@@ -214,14 +214,16 @@ class Runner:
         """This rank's part of a step."""
         mine = deal.own()
         context = [deal.own(rank) for rank in self._context] if deal.regime.cp else []
-        tokens, positions, pages, owners, heads, shared, slots, fresh = upload(
+        every = np.concatenate(context) if context else mine[:0]
+        tokens, positions, pages, owners, heads, every_position, every_page, slots, fresh = upload(
             [
                 rows.tokens[mine],
                 rows.positions[mine],
                 rows.pages[mine],
                 rows.owners[mine],
                 head_rows,
-                rows.pages[np.concatenate(context)] if context else head_rows[:0],
+                rows.positions[every],
+                rows.pages[every],
                 rows.slots.astype(np.int64),
                 rows.starts == 0,
             ],
@@ -232,7 +234,7 @@ class Runner:
             positions=positions,
             pages=pages,
             attention=attention,
-            shared=Shared([len(own) for own in context], shared) if context else None,
+            shared=Shared([len(own) for own in context], every_position, every_page) if context else None,
             caches=self._caches,
             head_rows=heads,
             items=Items(slots, fresh, rows.counts, rows.replays, rows.holds, {}),
