@@ -104,7 +104,7 @@ class Duty:
             return _at_once(self._found(asked))
         if isinstance(asked, Join):
             self._join(asked)
-            return _at_once(Joined(asked.epoch, self._runner.map_version))
+            return _at_once(Joined(asked.epoch, self._runner.map_version, self._runner.sp_from))
         if stale := self._stale(asked.epoch):
             return _at_once(Fault("stale", f"not computed: {stale}", self._stage, asked.epoch, asked.number))
         return self._runner.run(asked, rows, waited_s)

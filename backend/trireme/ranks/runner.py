@@ -14,7 +14,7 @@ from trireme.core.batch import Attend, Batch, Items
 from trireme.core.control import Answer
 from trireme.core.request import Logprobs, Sampling
 from trireme.core.settings import Settings
-from trireme.core.step import PAGE, Clock, Open, Outcome, Step, array, ints
+from trireme.core.step import PAGE, Clock, Open, Outcome, Regime, Step, array, ints
 from trireme.layers.block import PerToken
 from trireme.models.decoder import Computed, Decoder
 from trireme.parallel.context import Shared
@@ -29,6 +29,7 @@ from trireme.ranks.graphs import Graphs, buckets, why_none
 from trireme.ranks.logprobs import Prompts, Stretch
 from trireme.ranks.memory import Sizes, check_states, find_room, num_pages, num_snapshots
 from trireme.ranks.mixtures import Mixtures
+from trireme.ranks.regimes import find_sp_from, largest_steps
 from trireme.ranks.routed import tell_routed
 from trireme.ranks.rows import Rows, lay_out
 from trireme.ranks.sampler import Sampled, Sampler
@@ -77,6 +78,7 @@ class Runner:
         self._mixtures = Mixtures(decoder, settings) if decoder.mixtures and decoder.build.plan.eplb else None
         self._fed = FedTokens(settings.max_num_seqs, settings.inflight, device)
         self._watch: Stopwatch | None = None  # of the last step
+        self.sp_from: int | None = None  # rows of a step from which sequence parallelism pays, as this epoch's groups have it
         self._graphs: Graphs | None = None
         self.graphs = why_none(settings, decoder, device) or ""  # why there are none, or what they took
         self._make_room(max_model_len, [] if self.graphs else buckets(settings.max_num_seqs), progress)
@@ -84,6 +86,7 @@ class Runner:
     def begin(self, link: Link) -> None:
         """A new epoch: nothing is known of any sequence. Caches need no wiping, since no page is read before it is written."""
         self._link, self._watch = link, None
+        self.sp_from = find_sp_from(self._settings, self._decoder)  # in every epoch: a rank that is new cannot measure it alone
         if self._mixtures is not None:
             self._mixtures.forget()
         self._fed.clear()
@@ -316,7 +319,8 @@ class Runner:
 
         def largest() -> None:
             passing = self._mixtures.passing() if self._mixtures is not None else None  # maps may be prepared beside it
-            self._try(_spread(most_rows, most_items))
+            for counts, regime in largest_steps(settings, self._decoder.build.plan.regimes, most_rows, num_drafts):
+                self._try(counts, regime)
             if self._num_held:
                 num_drafting = min(most_items, settings.mtp.max_batch_size, most_rows // self._num_held)
                 self._try(np.full(max(1, num_drafting), self._num_held, np.int32), hold=True)
@@ -364,7 +368,7 @@ class Runner:
                 self._caches.append((inputs, states, held))
                 pools += [inputs, states]
 
-    def _try(self, counts: np.ndarray, *, hold: bool = False) -> None:
+    def _try(self, counts: np.ndarray, regime: Regime = Regime(), *, hold: bool = False) -> None:
         """A step of prompts that mean nothing, all in one page: int32 [items], rows of each. Of `hold`: a token and drafts each,
         after others that stand."""
         num_items = len(counts)
@@ -380,10 +384,12 @@ class Runner:
             replays=ints(counts) if hold else zeros,
             holds=ones if hold else zeros,
             nexts=ints(np.full(num_items, -1)),
+            sp=regime.sp,
+            cp=regime.cp,
             drafts=self._decoder.build.plan.mtp,
         )
         rows = lay_out(step, self._page_table)
-        deal = Deal(self._decoder.build.plan, self._decoder.build.rank, rows.counts, step.regime, self._device)
+        deal = Deal(self._decoder.build.plan, self._decoder.build.rank, rows.counts, regime, self._device)
         edge = torch.zeros(self._decoder.num_edge_rows(deal), self.hidden, dtype=self.dtype, device=self._device)
         batch = self._batch(rows, deal, rows.sampled, self._plan_attention(rows, deal))
         computed = self._decoder.forward(batch, deal, None if self._is_first else edge)
@@ -393,8 +399,3 @@ class Runner:
                 sampled = self._sample(step, rows, CutLogits(computed.rows, self._vocab_size, self._along_vocabulary))
                 self._draft(step, rows, deal, batch, computed, sampled)
             self._sampler.clear()
-
-
-def _spread(num_rows: int, num_items: int) -> np.ndarray:
-    """Rows dealt out evenly: int32 [num_items]."""
-    return np.diff(np.arange(num_items + 1) * num_rows // num_items).astype(np.int32)
