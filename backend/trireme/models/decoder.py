@@ -166,6 +166,7 @@ class Decoder(nn.Module):
         x = normed = None
         for seam, block in walk.blocks:
             normed, residual = seam(x, residual, deal)
+            del x  # what the block computes may lie in its place
             x = block(normed, batch)
         assert x is not None, "a stage has blocks"
         return Computed(x, normed) if walk.settle is None else Computed(walk.leave(residual + walk.settle(x, deal), deal))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ _WARM_UPS, _PASSES, _ROUNDS = 3, 10, 3
 _AHEAD_CYCLES = 20_000_000  # that the device sleeps, so that it does not wait for the host in between: 10 ms of an H100
 
 
-def largest_steps(settings: Settings, regimes: tuple[Regime, ...], most_rows: int, num_drafts: int) -> Iterator[tuple[np.ndarray, Regime]]:
+def largest_steps(settings: Settings, regimes: Iterable[Regime], most_rows: int, num_drafts: int) -> Iterator[tuple[np.ndarray, Regime]]:
     """(rows of each item int32 [I], regime) of the steps that need the most memory: what is less than sequence or context parallelism
     wants is small."""
     for regime in regimes:
