@@ -90,6 +90,16 @@ def make_unless(give_up: Callable[[], bool], make: Callable[[], Made]) -> Made:
     return found
 
 
+def reach(event: torch.cuda.Event, limit_s: float, give_up: Callable[[], bool]) -> None:
+    """Wait until a device has come to an event behind a collective, which it never does if others of the group do not come.
+    LinkLost when time is over or `give_up` says so; the group is then to be closed."""
+    deadline = time.monotonic() + limit_s
+    while not event.query():
+        if give_up() or time.monotonic() > deadline:
+            raise LinkLost("given up before all ranks came" if give_up() else f"not all ranks came within {limit_s:g} s")
+        time.sleep(_GLANCE_S / 10)
+
+
 class Group(Protocol):
     """Ranks of one epoch that call the same collectives in the same order, each with its place among them. LinkLost where one
     of them is gone or late."""

@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 import torch
 
+from trireme.core.log import logger
 from trireme.core.settings import Settings
 from trireme.core.step import Regime
 from trireme.models.decoder import Decoder
+from trireme.parallel.comm import reach
 from trireme.parallel.deal import Deal
 
 _MEASURED = (64, 128, 256, 512, 1024, 2048)  # rows
@@ -41,14 +43,22 @@ def spread(num_rows: int, num_items: int) -> np.ndarray:
 
 
 @torch.inference_mode()
-def find_sp_from(settings: Settings, decoder: Decoder) -> int | None:
+def find_sp_from(settings: Settings, decoder: Decoder, give_up: Callable[[], bool]) -> int | None:
     """Rows of a step from which a layer's seams take no longer where the residual is cut over tp; None where settings say how many,
-    or there is no GPU. All ranks of a stage call it together; the front hears rank 0."""
-    build = decoder.build
+    or there is no GPU. All ranks of a stage call it together; the front hears rank 0. LinkLost where others do not come, in time or
+    before `give_up` says so."""
+    build, plain, cut = decoder.build, [], []
     if build.device.type == "cpu" or settings.sequence_parallel != "on" or not build.plan.sp:
         return None
-    pays = [_seconds(decoder, num_rows, Regime(sp=True)) <= _seconds(decoder, num_rows, Regime()) for num_rows in _MEASURED]
-    return first_for_good(_MEASURED, pays)
+    for num_rows in _MEASURED:
+        for regime, found in ((Regime(), plain), (Regime(sp=True), cut)):
+            deal = Deal(build.plan, build.rank, np.array([num_rows], np.int32), regime, build.device)
+            found.append(_seconds(decoder.inner_seams(deal), lambda event: reach(event, settings.step_timeout_s, give_up)))
+    rows = first_for_good(_MEASURED, [one <= other for one, other in zip(cut, plain, strict=True)])
+    times = ", ".join(f"{size}: {one * 1e6:.0f} / {other * 1e6:.0f}" for size, one, other in zip(_MEASURED, cut, plain, strict=True))
+    log = logger(f"stage_{build.stage} rank {build.rank}")
+    log.info("sequence parallelism pays from %d rows on; us of a layer's seams with it / without: %s", rows, times)
+    return rows
 
 
 def first_for_good(sizes: tuple[int, ...], pays: list[bool]) -> int:
@@ -57,21 +67,19 @@ def first_for_good(sizes: tuple[int, ...], pays: list[bool]) -> int:
     return sizes[never[-1] + 1 if never else 0]
 
 
-def _seconds(decoder: Decoder, num_rows: int, regime: Regime) -> float:
-    """Of the device, for one passage of a layer's seams: the best of some rounds."""
-    build = decoder.build
-    run = decoder.inner_seams(Deal(build.plan, build.rank, np.array([num_rows], np.int32), regime, build.device))
+def _seconds(run: Callable[[], None], wait: Callable[[torch.cuda.Event], None]) -> float:
+    """Of the device, for one run: the best of some rounds."""
     for _ in range(_WARM_UPS):
         run()
-    return min(_round(run) for _ in range(_ROUNDS))
-
-
-def _round(run: Callable[[], None]) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(_AHEAD_CYCLES)
-    start.record()
-    for _ in range(_PASSES):
-        run()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3 / _PASSES
+    found = []
+    for _ in range(_ROUNDS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(_AHEAD_CYCLES)
+        run()  # after which all ranks are equally far
+        start.record()
+        for _ in range(_PASSES):
+            run()
+        end.record()
+        wait(end)
+        found.append(start.elapsed_time(end) / 1e3 / _PASSES)
+    return min(found)

@@ -78,7 +78,6 @@ class Runner:
         self._mixtures = Mixtures(decoder, settings) if decoder.mixtures and decoder.build.plan.eplb else None
         self._fed = FedTokens(settings.max_num_seqs, settings.inflight, device)
         self._watch: Stopwatch | None = None  # of the last step
-        self.sp_from: int | None = None  # rows of a step from which sequence parallelism pays, as this epoch's groups have it
         self._graphs: Graphs | None = None
         self.graphs = why_none(settings, decoder, device) or ""  # why there are none, or what they took
         self._make_room(max_model_len, [] if self.graphs else buckets(settings.max_num_seqs), progress)
@@ -86,12 +85,16 @@ class Runner:
     def begin(self, link: Link) -> None:
         """A new epoch: nothing is known of any sequence. Caches need no wiping, since no page is read before it is written."""
         self._link, self._watch = link, None
-        self.sp_from = find_sp_from(self._settings, self._decoder)  # in every epoch: a rank that is new cannot measure it alone
         if self._mixtures is not None:
             self._mixtures.forget()
         self._fed.clear()
         self._sampler.clear()
         self._prompts.clear()
+
+    def find_sp_from(self, give_up: Callable[[], bool]) -> int | None:
+        """Rows of a step from which sequence parallelism pays; None where that is not measured. In every epoch, by all ranks of the
+        stage together: one that is new cannot measure it alone."""
+        return find_sp_from(self._settings, self._decoder, give_up)
 
     def leave(self) -> None:
         """Close and drop the link and the groups, and everything on its way over them: only then are the other ends freed."""
