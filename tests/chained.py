@@ -135,12 +135,14 @@ class Chained:
             chunks = deal.chunks
             mine = rows_of(chunks, counts)
             context = [deal.own(other) for other in range(rank % self.plan.tp, self.plan.ranks, self.plan.tp)]
+            every = np.concatenate(context)
+            shared = Shared([len(rows) for rows in context], torch.from_numpy(positions[every]), torch.from_numpy(pages[every]))
             batch = Batch(
                 tokens=torch.from_numpy(tokens[mine]),
                 positions=torch.from_numpy(positions[mine]),
                 pages=torch.from_numpy(pages[mine]),
                 attention=decoder.plan_attention(chunks.counts, starts[chunks.items] + chunks.begins + chunks.counts, tables[chunks.items]),
-                shared=Shared([len(rows) for rows in context], torch.from_numpy(pages[np.concatenate(context)])) if regime.cp else None,
+                shared=shared if regime.cp else None,
                 caches=self._caches[stage][rank],
                 head_rows=head_rows,
                 items=Items(

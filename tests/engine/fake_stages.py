@@ -51,7 +51,7 @@ class FakeStage:
                 if self.stage == self.stages.num_stages - 1:
                     self.stages.toy.join(message.epoch)
                 self.map_ready, self.num_counted = self.map_version, 0  # what was not stamped is gone
-                answer(Joined(message.epoch, self.map_version))
+                answer(Joined(message.epoch, self.map_version, self.stages.sp_from[self.stage] if self.stages.sp_from else None))
             else:
                 step = peek_step(bytes(message))
                 if step.epoch != self.epoch:
@@ -112,9 +112,11 @@ class FakeStages:
         delay_s=0.002,
         fault=lambda stage, step: None,
         rebalances=0.0,
+        sp_from=(),
     ):
         self.num_stages, self.link, self.num_pages, self.delay_s, self.fault = num_stages, link, num_pages, delay_s, fault
         self.toy = Toy(num_pages, 0, num_snapshots, num_drafts)
+        self.sp_from = sp_from  # that stages measure, or nothing
         self.rebalances = rebalances  # how likely a stage has other expert maps ready after a step
         self.num_commits = 0
         self.reports: Counter[int] = Counter()  # by the number of steps that a report of loads sums up

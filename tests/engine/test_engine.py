@@ -19,6 +19,7 @@ from trireme.core.control import Fault, Join, open_message
 from trireme.core.refusal import Refusal
 from trireme.core.request import Request, Sampling
 from trireme.core.settings import make_settings
+from trireme.core.step import Step
 from trireme.engine.engine import Engine
 
 MAX_MODEL_LEN = 200
@@ -102,6 +103,23 @@ def test_same_tokens(start, link, num_stages, async_depth):
     answers.check()
     wait_until(lambda: engine.stats.pages_used == 0 and engine.stats.running == 0)
     assert engine.stats.faults == 0 and engine.state()[0] == "ready"
+
+
+@pytest.mark.parametrize(("measured", "rows"), [((), 2), ((20, 40), 40), ((40, 20), 40), ((None, 24), 24)])
+def test_sequence_parallelism_begins_where_it_pays_in_every_stage(start, measured, rows):
+    failing, heard = [3], []
+
+    def fault(stage: int, step: Step) -> str | None:
+        heard.append((step.num_rows, step.sp))
+        return failing.pop() and "fell over" if failing and failing[0] == step.number else None
+
+    stages = FakeStages(2, sp_from=measured, fault=fault)
+    engine, answers = start(stages, tensor_parallel_size=2, sequence_parallel="on")
+    for i in range(6):
+        answers.submit(simple(f"r{i}", num_prompt=10 * i + 1))
+    answers.check()
+    assert engine.stats.epochs == 2
+    assert {sp for _, sp in heard} == {True, False} and all(sp == (num_rows >= rows) for num_rows, sp in heard)
 
 
 def test_faults_are_repaired(start):

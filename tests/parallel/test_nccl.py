@@ -14,6 +14,7 @@ import torch
 from spawned import LIMIT_S, on_gpus
 from trireme.parallel.collectives import Collectives
 from trireme.parallel.comm import Pair, form_group
+from trireme.parallel.context import Context, Shared
 from trireme.parallel.mesh import Mesh
 from trireme.parallel.placement import Placement
 from trireme.parallel.plan import Plan
@@ -109,6 +110,34 @@ def bereft(place: int, store: Any, epoch: int, device: torch.device) -> tuple[fl
 def test_the_end_of_an_epoch_frees_a_rank_whose_peer_is_gone():
     waited, after = on_gpus(2, bereft, 4, wait_for=(0,))[0]
     assert waited < 10 and after == 8.0
+
+
+def beside(place: int, store: Any, epoch: int, device: torch.device) -> int:
+    """Wrong numbers in a pool that is filled beside products, in all of many layers."""
+    collectives = Collectives(Mesh(Plan(layer_cut=(1,), cp=2)), place, device)
+    context, wrong = Context(collectives), torch.zeros((), dtype=torch.int64, device=device)
+    collectives.begin({span: form_group(store, epoch, "cp", place, 2, LIMIT_S, device) for span in collectives.spans})
+    weight = torch.eye(2048, device=device, dtype=torch.bfloat16)
+    pool = torch.zeros(2 * 8192, 2048, device=device, dtype=torch.bfloat16)
+    for layer in range(60):
+        num_rows = 8192 - layer // 20  # also what is padded
+        counts, pages = [num_rows, 8192], torch.randperm(num_rows + 8192, device=device)
+        shared = Shared(counts, pages, pages)
+        mine = torch.full((counts[place], 2048), float(layer % 50 + 100 * place), device=device, dtype=torch.bfloat16) @ weight
+        with context.aside():
+            pool.index_copy_(0, shared.pages, context.all_gather(mine, shared))
+        for _ in range(3):
+            torch.mm(torch.full_like(mine, -1), weight)  # memory that would be `mine`, were it given away
+        context.rejoin()
+        came = torch.tensor([layer % 50, layer % 50 + 100.0], device=device).repeat_interleave(torch.tensor(counts, device=device))
+        wrong += (pool.index_select(0, pages) != came[:, None]).sum()
+    found = int(wrong)
+    collectives.leave()
+    return found
+
+
+def test_keys_and_values_come_beside_products():
+    assert list(on_gpus(2, beside, 6).values()) == [0, 0]
 
 
 def relocated(place: int, store: Any, epoch: int, device: torch.device) -> tuple[bool, int, float]:

@@ -66,6 +66,8 @@ def settings(folder: Path, plan: str, **values) -> Settings:
     base = {"model": str(folder), "device": "cuda", "max_model_len": 256, "max_num_seqs": 8, "num_pages": 200}
     given = {"mtp": {"num_tokens": 0}} | settings_of(plan)
     given["mtp"] |= {"adaptive": False}
+    if given.get("sequence_parallel") == "on":
+        given["sequence_parallel"] = 2  # it would begin where it pays, which is beyond steps as small as these
     return make_settings(base | {"max_num_batched_tokens": 100, "step_timeout_s": 30.0} | given | values)
 
 
@@ -92,6 +94,12 @@ def test_tokens_are_those_of_transformers(pool, request, family, plan, eager):
         assert (engine.stats.accepted_tokens > 0) == ("mtp" in plan)
         assert (engine.stats.cp_steps > 0) == ("cp" in plan) and (engine.stats.sp_steps > 0) == ("sp" in plan.split())
         assert engine.stats.epochs == 1
+
+
+def test_ranks_find_out_where_sequence_parallelism_pays(pool, truths):
+    folder, greedy = truths["qwen3"]
+    with serving(settings(folder, "tp2 sp", sequence_parallel="on"), pool, None) as (engine, _):
+        assert_same_tokens(folder, PROMPTS, tokens_of(engine, requests()), greedy)
 
 
 @pytest.mark.parametrize("plan", ["tp2 ep2", "tp2 ep2 dispatched"])

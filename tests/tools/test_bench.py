@@ -33,7 +33,7 @@ def test_prefill_of_several_plans_in_one_picture(tmp_path):
         result = CliRunner().invoke(bench, [*words, *flags, f"--output={tmp_path / plan}"], catch_exceptions=False)
         assert result.exit_code == 0, result.output
         report = json.loads((tmp_path / f"{plan}.json").read_text())
-        assert report["plan"] == plan
+        assert (report["plan"], report["activation_bytes"]) == (plan, [0])  # which a CPU does not measure
         assert [(each["prompts"], each["input_len"], len(each["runs"])) for each in report["prefill"]] == [(1, 8, 5), (1, 40, 5), (3, 8, 5)]
     names = ",".join(str(tmp_path / f"{plan}.json") for plan in reports)
     result = CliRunner().invoke(bench, ["bench", f"--plot={names}", f"--output={tmp_path / 'both'}"], catch_exceptions=False)

@@ -160,13 +160,17 @@ def _bench_prefill(settings: Settings, lengths: str, output: Path) -> None:
     spec = read_spec(Path(settings.model))
     plan = str(Plan.of(settings, spec))
     shapes = [_prompts(text) for text in lengths.split(",")]
-    measured = measure_prefill(settings, shapes, _PREFILL_RUNS, spec.vocab_size)
+    measured, activation_bytes = measure_prefill(settings, shapes, _PREFILL_RUNS, spec.vocab_size)
     table = Table("prompts", "tokens of each", "to the first token of all, ms", "tokens/s", title=f"{plan}, median of {_PREFILL_RUNS}")
     for each in measured:
         table.add_row(str(each.prompts), str(each.input_len), f"{each.seconds * 1e3:.1f}", f"{each.tokens_per_s:.0f}")
     Console().print(table)
+    if any(activation_bytes):
+        told = ", ".join(f"{num_bytes / (1 << 20):.0f}" for num_bytes in activation_bytes)
+        Console().print(f"activations at the peak of the largest step, MiB of a rank of each stage: {told}")
     rows = [each._asdict() | {"tokens_per_s": each.tokens_per_s} for each in measured]
-    _write(output, {"plan": plan, "max_num_batched_tokens": settings.max_num_batched_tokens, "prefill": rows})
+    most_rows = settings.max_num_batched_tokens
+    _write(output, {"plan": plan, "max_num_batched_tokens": most_rows, "activation_bytes": activation_bytes, "prefill": rows})
 
 
 def _prompts(text: str) -> tuple[int, int]:

@@ -125,8 +125,11 @@ class Prefill(NamedTuple):
         return self.prompts * self.input_len / self.seconds
 
 
-def measure_prefill(settings: Settings, shapes: Sequence[tuple[int, int]], repeats: int, vocab_size: int) -> list[Prefill]:
-    """`shapes`: (prompts, tokens of each). Each is measured `repeats` times, on other prompts, after one run that does not count."""
+def measure_prefill(
+    settings: Settings, shapes: Sequence[tuple[int, int]], repeats: int, vocab_size: int
+) -> tuple[list[Prefill], list[int]]:
+    """`shapes`: (prompts, tokens of each). Each is measured `repeats` times, on other prompts, after one run that does not count.
+    Also the activation_bytes of each stage."""
     settings = msgspec.structs.replace(settings, max_queue_size=max(settings.max_queue_size, *(prompts for prompts, _ in shapes)))
     measured = []
     with running(settings) as engine:
@@ -138,7 +141,7 @@ def measure_prefill(settings: Settings, shapes: Sequence[tuple[int, int]], repea
                     raise Refusal(f"a prompt of {input_len} tokens failed", why=errors[0], fix="give --max-model-len room for it")
                 runs.append(max(record.arrivals[0] for record in records) - records[0].sent)
             measured.append(Prefill(prompts, input_len, statistics.median(runs[1:]), runs[1:]))
-    return measured
+        return measured, [state.activation_bytes for state in engine.state()[1] if state is not None]
 
 
 def _drive(engine: Engine, workload: Sequence[Ask], concurrency: int, progress: Callable[[int], None]) -> tuple[list[Record], float]:

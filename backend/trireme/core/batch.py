@@ -37,7 +37,7 @@ class Batch:
     """Rows of one forward that this rank attends to: all T of the step, or its N of them under context parallelism.
 
     `attention` is what the paged_attention op's `plan` made of the rows' lengths and page tables, by window; `pages` is
-    where each row's key and value go, and `shared` where those of other ranks' rows go.
+    where each row's key and value go, and `shared` has the same of all ranks' rows.
     """
 
     tokens: torch.Tensor  # int64 [N]; only stage 0 reads it

@@ -53,6 +53,7 @@ class StageState(msgspec.Struct, frozen=True, tag="state"):
     epoch: int = -1  # the last epoch joined
     num_pages: int = 0  # capacity, once ready
     num_snapshots: int | None = None  # room for copies of a sequence's states; None where no layer keeps any
+    activation_bytes: int = 0  # of a rank at the most, at the peak of the largest step; 0 on CPUs, where it is not measured
     ranks: list[RankState] = []
     reordered: int = 0  # steps that came early and were held, since the stage began
     restarts: int = 0  # ranks started again
@@ -67,6 +68,7 @@ class Founded(msgspec.Struct, frozen=True, tag="founded"):
 class Joined(msgspec.Struct, frozen=True, tag="joined"):
     epoch: int
     map_version: int = 0  # of the expert maps with which the stage begins the epoch: in force when the last one ended
+    sp_from: int | None = None  # rows of a step from which sequence parallelism pays in this stage; None: not measured
 
 
 class Fault(msgspec.Struct, frozen=True, tag="fault"):

@@ -102,7 +102,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, fo
 
     @property
     def sp_from(self) -> int | None:
-        """Rows of a step from which sequence parallelism is on; None: never, as where tp is 1 and nothing can be cut."""
+        """Rows of a step from which sequence parallelism is on, where GPUs measure nothing else; None: never, as where tp is 1 and
+        nothing can be cut."""
         if self.sequence_parallel == "off" or self.tensor_parallel_size == 1:
             return None
         return self.tensor_parallel_size if self.sequence_parallel == "on" else self.sequence_parallel
@@ -128,7 +129,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, fo
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """What the scheduler may do: Settings resolved against the checkpoint (max_model_len, num_drafts) and the stages (num_pages,
-    num_snapshots)."""
+    num_snapshots, sp_from)."""
 
     max_model_len: int
     num_pages: int
@@ -150,7 +151,16 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     count_every: int | None = None  # steps after which ranks report the loads of their experts; None: they do not count
 
     @classmethod
-    def of(cls, settings: Settings, *, max_model_len: int, num_pages: int, num_snapshots: int | None = None, num_drafts: int = 0) -> Limits:
+    def of(
+        cls,
+        settings: Settings,
+        *,
+        max_model_len: int,
+        num_pages: int,
+        num_snapshots: int | None = None,
+        num_drafts: int = 0,
+        sp_from: int | None = None,
+    ) -> Limits:
         """Raises Refusal where the pages cannot hold one sequence of max_model_len."""
         if num_pages * PAGE < max_model_len:
             raise Refusal(
@@ -170,7 +180,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
             num_stages=settings.num_stages,
             inflight=settings.inflight,
             fed_back=settings.fed_back,
-            sp_from=settings.sp_from,
+            sp_from=settings.sp_from if sp_from is None else sp_from,
             cp=settings.context_parallel_size,
             num_snapshots=num_snapshots,
             num_drafts=num_drafts,

@@ -79,12 +79,14 @@ class Broken(NamedTuple):
 
 
 class Connection(NamedTuple):
-    """A new epoch, joined by all stages. `num_pages` and `num_snapshots` are what the smallest stage holds."""
+    """A new epoch, joined by all stages. `num_pages` and `num_snapshots` are what the smallest stage holds; `sp_from` is that of the
+    stage in which sequence parallelism pays last."""
 
     epoch: int
     num_pages: int
     num_snapshots: int | None  # None where no stage keeps states
     maps: list[int]  # version of the expert maps with which each stage begins
+    sp_from: int | None  # None where no stage has measured it
 
 
 class GivenUp(NamedTuple):
@@ -232,13 +234,19 @@ class Chain:
                 raise StageFault(f"stage_0 hosts no rendezvous: {_said(founded)}")
             store = founded.store
         answers = self._ask(Join(epoch, store), range(self._stages.num_stages), timeout_s)
-        for stage, joined in enumerate(answers):
-            if joined is not None and not isinstance(joined, Joined):
-                raise StageFault(f"stage_{stage} did not join epoch {epoch}: {_said(joined)}")
+        for stage, answer in enumerate(answers):
+            if answer is not None and not isinstance(answer, Joined):
+                raise StageFault(f"stage_{stage} did not join epoch {epoch}: {_said(answer)}")
         self._epoch = epoch
         snapshots = [state.num_snapshots for state in states if state.num_snapshots is not None]
-        maps = [joined.map_version for joined in answers if isinstance(joined, Joined)]
-        return Connection(epoch, min(state.num_pages for state in states), min(snapshots, default=None), maps)
+        joined = [answer for answer in answers if isinstance(answer, Joined)]
+        return Connection(
+            epoch,
+            num_pages=min(state.num_pages for state in states),
+            num_snapshots=min(snapshots, default=None),
+            maps=[answer.map_version for answer in joined],
+            sp_from=max((answer.sp_from for answer in joined if answer.sp_from is not None), default=None),
+        )
 
     def _heal(self, stage: int, error: Exception) -> None:
         """A stage never seen may still be loading; it has start_timeout_s for that."""

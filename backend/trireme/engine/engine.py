@@ -329,7 +329,7 @@ class Engine:
         threading.Thread(target=self._chain.connect, name="trireme connect", daemon=True).start()
 
     def _connected(self, connection: Connection) -> None:
-        epoch, num_pages, num_snapshots, maps = connection
+        epoch, num_pages, num_snapshots, maps, sp_from = connection
         if self._scheduler is None:
             try:
                 limits = Limits.of(
@@ -338,16 +338,18 @@ class Engine:
                     num_pages=num_pages,
                     num_snapshots=num_snapshots,
                     num_drafts=self._num_drafts,
+                    sp_from=sp_from,
                 )
             except Refusal as refusal:  # stays: it takes other settings
                 self._refusal = refusal
                 return
             self._scheduler = Scheduler(limits, time.monotonic, self.stats, epoch, maps)
         else:
-            self._news += self._scheduler.restart(epoch, num_pages, self._fault, num_snapshots, maps)
+            self._news += self._scheduler.restart(epoch, num_pages, self._fault, num_snapshots, maps, sp_from)
         self._idle_sent.clear()
         self.stats.epochs += 1
         said = "" if num_snapshots is None else f", {num_snapshots} snapshots"
+        said += "" if sp_from is None else f", sequence parallelism from {sp_from} rows of a step on"
         self._log.info("epoch %d: %d stages, %d pages%s", epoch, len(self._chain.states), num_pages, said)
         self._ready.set()
 

@@ -174,6 +174,7 @@ class Scheduler:
         error: Exception | None = None,
         num_snapshots: int | None = None,
         maps: list[int] | None = None,
+        sp_from: int | None = None,
     ) -> list[Emission]:
         """A new epoch: forget steps, pages, snapshots and slots, and queue what ran, by rank, with its tokens so far.
 
@@ -189,6 +190,8 @@ class Scheduler:
             self.limits = msgspec.structs.replace(self.limits, num_pages=num_pages)
         if num_snapshots is not None:
             self.limits = msgspec.structs.replace(self.limits, num_snapshots=num_snapshots)
+        if sp_from is not None:
+            self.limits = msgspec.structs.replace(self.limits, sp_from=sp_from)
         self._reset()
         for sequence in running:
             if sequence.state is not State.DONE:

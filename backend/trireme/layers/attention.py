@@ -46,9 +46,9 @@ class Attention(Block):
         sizes = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": dim}
         self.rope_write = build.choices("qk_rope_write", **sizes)
         self.attend = build.choices("paged_attention", **sizes, window=window)
-        self.share = Context(build.collectives.along("cp"))
-        self._split, self._dim, self._eps = [*[num_heads] * (1 + gated), num_kv_heads, num_kv_heads], dim, spec.eps
-        self._cos_sin = build.cos_sin
+        self.context = Context(build.collectives)
+        self._q_heads, self._kv_heads = [num_heads] * (1 + gated), [num_kv_heads] * 2
+        self._dim, self._eps, self._cos_sin = dim, spec.eps, build.cos_sin
 
     def within(self, regime: Regime) -> tuple[str, ...]:
         return ("all_gather cp",) if regime.cp else ()
@@ -62,10 +62,22 @@ class Attention(Block):
 
     def write(self, x: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Keep the rows' keys and values; (queries, their gates where there are any), [N, Hq, D] each."""
-        keys, values = batch.caches[self.cache]
-        q, *gates, k, v = self.qkv(x).view(x.shape[0], -1, self._dim).split(self._split, dim=1)
-        q = self.rope_write(
-            q, k, v, self._cos_sin, batch.positions, self.q_norm, self.k_norm, self._eps, keys, values, batch.pages
-        )  # fmt: skip
-        self.share((keys, values), batch.pages, batch.shared)
-        return q, gates
+        pools, shared = batch.caches[self.cache], batch.shared
+        if shared is None:
+            return self._place(self.qkv(x), [*self._q_heads, *self._kv_heads], batch.positions, batch.pages, pools)
+        num_columns = sum(self._q_heads) * self._dim
+        products = self.qkv.parts(x, (slice(num_columns, None), slice(0, num_columns)))
+        mine = next(products)  # keys and values as they come: each rank turns and writes those of all
+        with self.context.aside():
+            every = self.context.all_gather(mine, shared)
+            self._place(every, [*[0] * len(self._q_heads), *self._kv_heads], shared.positions, shared.pages, pools)
+        placed = self._place(next(products), [*self._q_heads, 0, 0], batch.positions, batch.pages, pools)
+        self.context.rejoin()
+        return placed
+
+    def _place(
+        self, product: torch.Tensor, heads: list[int], positions: torch.Tensor, pages: torch.Tensor, pools: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Of rows of `heads`: queries, their gates, keys, values, of each kind all or none. As write."""
+        q, *gates, k, v = product.view(len(product), sum(heads), self._dim).split(heads, dim=1)
+        return self.rope_write(q, k, v, self._cos_sin, positions, self.q_norm, self.k_norm, self._eps, *pools, pages), gates

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -36,6 +38,16 @@ class Linear(nn.Module):
         if fits and torch.backends.mkldnn.is_available():
             self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.data, None)
             del self.weight
+
+    def parts(self, x: torch.Tensor, columns: Sequence[slice]) -> Iterator[torch.Tensor]:
+        """Columns of x [T, in] -> [T, out], each part by a product of its own once it is asked for; of a packed weight by one for all."""
+        if self._packed is not None:
+            whole = self(x)
+            yield from (whole[:, part] for part in columns)
+            return
+        bias = self.bias if self._adds_bias else None
+        for part in columns:
+            yield self._multiply(x, self.weight[part], None if bias is None else bias[part], None)
 
     def forward(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Of x's dtype, or another."""

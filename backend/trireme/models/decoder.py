@@ -164,16 +164,25 @@ class Decoder(nn.Module):
         last stage gives logits of batch.head_rows, others the residual after the add, again laid out as `edge`; the receiver norms
         it."""
         walk = self._walks[deal.regime]
-        if self.embed is not None:
-            rows = self.embed(batch)
-        assert rows is not None, "a later stage takes rows"
-        residual = walk.enter(rows, deal)
+        residual = self._enter(walk, batch, deal, rows)
         x = normed = None
         for seam, block in walk.blocks:
             normed, residual = seam(x, residual, deal)
+            del x  # what the block computes may lie in its place
             x = block(normed, batch)
         assert x is not None, "a stage has blocks"
         return Computed(x, normed) if walk.settle is None else Computed(walk.leave(residual + walk.settle(x, deal), deal))
+
+    def _enter(self, walk: Walk, batch: Batch, deal: Deal, rows: torch.Tensor | None) -> torch.Tensor:
+        """The residual at home. Apart from forward, so that nothing keeps the rows from which it is cut."""
+        if self.embed is not None:
+            rows = self.embed(batch)
+        assert rows is not None, "a later stage takes rows"
+        return walk.enter(rows, deal)
+
+    def inner_seams(self, deal: Deal) -> Callable[[], None]:
+        """As Walk says, in the regime of the deal."""
+        return self._walks[deal.regime].inner_seams(deal)
 
     def num_edge_rows(self, deal: Deal) -> int:
         """Rows that come over an edge to this rank."""

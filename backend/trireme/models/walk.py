@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+
+import torch
 
 from trireme.core.step import Regime
 from trireme.layers.block import Block, Build
 from trireme.layers.embed import Embed
+from trireme.parallel.deal import Deal
 from trireme.parallel.layout import WHOLE, Layout, cut_of, home_of, lay
 from trireme.parallel.seam import Route, Seam
 
@@ -23,10 +26,27 @@ class Walk:
         edge = lay(cp=WHOLE) if build.plan.whole_edges else home
         have = [home, *(block.gives.at(home) for block in blocks)]
         self.edge = cut_of(edge, collectives.mesh)
+        self._home, self._have = (cut_of(home, collectives.mesh), [cut_of(layout, collectives.mesh) for layout in have])
+        self._build = build
         self.enter = Route(edge if embed is None else embed.gives.at(home), home, collectives)
         self.blocks = [(_seam(build, before, home, block), block) for before, block in zip(have, blocks, strict=False)]
         self.settle = None if build.last else Route(have[-1], home, collectives)
         self.leave = Route(home, edge, collectives)
+
+    def inner_seams(self, deal: Deal) -> Callable[[], None]:
+        """What passes rows that mean nothing over two seams between blocks, a layer's, and computes nothing else: to be timed."""
+        seams = [(seam, cut) for (seam, _), cut in zip(self.blocks, self._have, strict=False)][1:3]
+        given = [(seam, self._zeros(len(deal.rows(cut)))) for seam, cut in seams]
+        residual = self._zeros(len(deal.rows(self._home)))
+
+        def run() -> None:
+            for seam, x in given:
+                seam(x, residual, deal)
+
+        return run
+
+    def _zeros(self, num_rows: int) -> torch.Tensor:
+        return torch.zeros(num_rows, self._build.spec.hidden, dtype=self._build.dtype, device=self._build.device)
 
     def lines(self, enter: str = "enter") -> Iterator[str]:
         """Collectives in the order in which a step makes them: before each block, and inside it. `enter`: what the way in is called."""

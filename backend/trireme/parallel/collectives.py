@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from types import MappingProxyType
 
 import torch
@@ -78,6 +79,12 @@ class Collectives:
     def spans(self) -> list[Span]:
         """Those of more than one rank that were asked for, in one order for all ranks of the stage."""
         return sorted(self._needed)
+
+    @cached_property
+    def side(self) -> torch.cuda.Stream | None:
+        """A stream beside the one that computes, and ahead of it where both want the device; None on a CPU. One for all layers, since
+        memory that a stream has freed is kept for that stream."""
+        return torch.cuda.Stream(self.device, priority=-1) if self.device.type == "cuda" else None
 
     def along(self, span: Span | str, use: str = "") -> Along:
         """The ranks along a span, or along a named axis of the mesh. `use`: see Span."""

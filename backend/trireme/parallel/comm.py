@@ -97,6 +97,16 @@ def exchange(store: TCPStore, epoch: int, name: str, place: int, size: int, said
         return [store.get(f"{epoch}/{name}/{other}") for other in range(size)]
 
 
+def reach(event: torch.cuda.Event, limit_s: float, give_up: Callable[[], bool]) -> None:
+    """Wait until a device has come to an event behind a collective, which it never does if others of the group do not come.
+    LinkLost when time is over or `give_up` says so; the group is then to be closed."""
+    deadline = time.monotonic() + limit_s
+    while not event.query():
+        if give_up() or time.monotonic() > deadline:
+            raise LinkLost("given up before all ranks came" if give_up() else f"not all ranks came within {limit_s:g} s")
+        time.sleep(_GLANCE_S / 10)
+
+
 class Group(Protocol):
     """Ranks of one epoch that call the same collectives in the same order, each with its place among them. LinkLost where one
     of them is gone or late."""
@@ -179,7 +189,7 @@ class NcclGroup:
         self.all_gather(x[:1], ones)
         self.reduce_scatter(x, ones)
         self.all_to_all(x, ones, ones)
-        _wait_for_device(device, self._name, timeout_s)
+        _wait_for_device(device, timeout_s)
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         x = x.contiguous()
@@ -264,7 +274,7 @@ class Pair:
         with _lost_as(self.name):
             pass_on = self._group.recv if self._peer == 0 else self._group.send
             pass_on([greeting], self._peer, 0).wait()
-            _wait_for_device(self._device, self.name, timeout_s)
+            _wait_for_device(self._device, timeout_s)
 
     def send(self, tensor: torch.Tensor) -> None:
         """Returns at once; the tensor must not change afterwards."""
@@ -301,15 +311,11 @@ class Pair:
         self._sent.clear()
 
 
-def _wait_for_device(device: torch.device, name: str, timeout_s: float) -> None:
-    """Until it has done all that its current stream has; LinkLost where that takes too long."""
+def _wait_for_device(device: torch.device, timeout_s: float) -> None:
+    """Until it has done all that its current stream has."""
     reached = torch.cuda.Event()
     reached.record(torch.cuda.current_stream(device))
-    deadline = time.monotonic() + timeout_s
-    while not reached.query():
-        if time.monotonic() > deadline:
-            raise LinkLost(f"{name}: the others did not answer within {timeout_s:g} s")
-        time.sleep(_GLANCE_S)
+    reach(reached, timeout_s, lambda: False)
 
 
 def _form(store: TCPStore, epoch: int, name: str, place: int, size: int, timeout_s: float, device: torch.device) -> Any:

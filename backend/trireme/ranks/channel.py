@@ -36,6 +36,7 @@ class Beat(msgspec.Struct, frozen=True):
     detail: str = ""
     num_pages: int = 0
     num_snapshots: int | None = None  # see StageState
+    activation_bytes: int = 0  # see StageState
 
 
 class Order(NamedTuple):

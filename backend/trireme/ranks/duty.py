@@ -103,8 +103,7 @@ class Duty:
         if isinstance(asked, Found):
             return _at_once(self._found(asked))
         if isinstance(asked, Join):
-            self._join(asked)
-            return _at_once(Joined(asked.epoch, self._runner.map_version))
+            return _at_once(self._join(asked))
         if stale := self._stale(asked.epoch):
             return _at_once(Fault("stale", f"not computed: {stale}", self._stage, asked.epoch, asked.number))
         return self._runner.run(asked, rows, waited_s)
@@ -142,7 +141,7 @@ class Duty:
         self._store = StoreHost(self._settings.step_timeout_s)
         return Founded(found.epoch, self._store.address)
 
-    def _join(self, join: Join) -> None:
+    def _join(self, join: Join) -> Joined:
         self._leave("another was joined")  # before anything else: another stage may be waiting in a group of the old epoch
         self._runner.settle_maps(join.map_version)
         link = form_link(
@@ -156,7 +155,9 @@ class Duty:
             give_up=self._channel.waiting,  # the front says no more before all have joined, unless it gave up itself
         )
         self._runner.begin(link, self._channel.waiting)
+        sp_from = self._runner.find_sp_from(self._channel.waiting)
         self._epoch, self._over = join.epoch, ""
+        return Joined(join.epoch, self._runner.map_version, sp_from)
 
     def _leave(self, why: str) -> None:
         self._over = self._over or why

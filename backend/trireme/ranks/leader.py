@@ -187,6 +187,7 @@ class Leader:
             epoch=self._order.epoch,
             num_pages=min(rank.num_pages for rank in self._ranks) if state == "ready" else 0,
             num_snapshots=min(snapshots, default=None) if state == "ready" else None,
+            activation_bytes=max(rank.activation_bytes for rank in self._ranks) if state == "ready" else 0,
             ranks=ranks,
             reordered=self._order.reordered,
             restarts=restarts,

@@ -28,6 +28,7 @@ class Rank:
         self.name = f"stage_{stage} rank {rank}"
         self.num_pages = 0
         self.num_snapshots: int | None = None
+        self.activation_bytes = 0
         self.life = 0
         self.expected: set[int] = set()  # tickets of orders not answered yet
         self._settings, self._stage, self._rank, self._run_dir = settings, stage, rank, run_dir
@@ -87,7 +88,7 @@ class Rank:
         if beat.state != self._state:
             self._log.info("rank %d %s", self._rank, beat.detail or f"is {beat.state}")
         self._state, self._detail = beat.state, beat.detail
-        self.num_pages, self.num_snapshots = beat.num_pages, beat.num_snapshots
+        self.num_pages, self.num_snapshots, self.activation_bytes = beat.num_pages, beat.num_snapshots, beat.activation_bytes
         if beat.state == "ready":
             self._attempts = 0
         elif beat.state == "failed":

@@ -15,7 +15,7 @@ from trireme.core.control import Answer
 from trireme.core.log import logger
 from trireme.core.request import Logprobs, Sampling
 from trireme.core.settings import Settings
-from trireme.core.step import PAGE, Clock, Open, Outcome, Step, array, ints
+from trireme.core.step import PAGE, Clock, Open, Outcome, Regime, Step, array, ints
 from trireme.layers.block import PerToken
 from trireme.models.decoder import Computed, Decoder
 from trireme.parallel.context import Shared
@@ -30,6 +30,7 @@ from trireme.ranks.graphs import Graph, Graphs, Record, Recorder, shapes, why_no
 from trireme.ranks.logprobs import Prompts, Stretch
 from trireme.ranks.memory import Sizes, check_states, find_room, num_pages, num_snapshots
 from trireme.ranks.mixtures import Mixtures
+from trireme.ranks.regimes import find_sp_from, largest_steps
 from trireme.ranks.routed import tell_routed
 from trireme.ranks.rows import Rows, lay_out
 from trireme.ranks.sampler import Sampled, Sampler
@@ -96,6 +97,11 @@ class Runner:
         self._fed.clear()
         self._sampler.clear()
         self._prompts.clear()
+
+    def find_sp_from(self, give_up: Callable[[], bool]) -> int | None:
+        """Rows of a step from which sequence parallelism pays; None where that is not measured. In every epoch, by all ranks of the
+        stage together: one that is new cannot measure it alone."""
+        return find_sp_from(self._settings, self._decoder, give_up)
 
     def leave(self) -> None:
         """Close and drop the link and the groups, and everything on its way over them: only then are the other ends freed."""
@@ -239,14 +245,16 @@ class Runner:
         """This rank's part of a step."""
         mine = deal.own()
         context = [deal.own(rank) for rank in self._context] if deal.regime.cp else []
-        tokens, positions, pages, owners, heads, shared, slots, fresh = upload(
+        every = np.concatenate(context) if context else mine[:0]
+        tokens, positions, pages, owners, heads, every_position, every_page, slots, fresh = upload(
             [
                 rows.tokens[mine],
                 rows.positions[mine],
                 rows.pages[mine],
                 rows.owners[mine],
                 head_rows,
-                rows.pages[np.concatenate(context)] if context else head_rows[:0],
+                rows.positions[every],
+                rows.pages[every],
                 rows.slots.astype(np.int64),
                 rows.starts == 0,
             ],
@@ -257,7 +265,7 @@ class Runner:
             positions=positions,
             pages=pages,
             attention=attention,
-            shared=Shared([len(own) for own in context], shared) if context else None,
+            shared=Shared([len(own) for own in context], every_position, every_page) if context else None,
             caches=self._caches,
             head_rows=heads,
             items=Items(slots, fresh, rows.counts, rows.replays, rows.holds, {}),
@@ -340,7 +348,8 @@ class Runner:
 
         def largest() -> None:
             passing = self._mixtures.passing() if self._mixtures is not None else None  # maps may be prepared beside it
-            self._try(_spread(most_rows, most_items))
+            for counts, regime in largest_steps(settings, self._decoder.build.plan.regimes, most_rows, num_drafts):
+                self._try(counts, regime)
             verify()
             del passing
 
@@ -400,7 +409,7 @@ class Runner:
                 self._caches.append((inputs, states, held))
                 pools += [inputs, states]
 
-    def _try(self, counts: np.ndarray, *, hold: bool = False) -> None:
+    def _try(self, counts: np.ndarray, regime: Regime = Regime(), *, hold: bool = False) -> None:
         """A step of prompts that mean nothing, all in one page: int32 [items], rows of each. Of `hold`: a token and drafts each,
         after others that stand."""
         num_items = len(counts)
@@ -416,10 +425,12 @@ class Runner:
             replays=ints(counts) if hold else zeros,
             holds=ones if hold else zeros,
             nexts=ints(np.full(num_items, -1)),
+            sp=regime.sp,
+            cp=regime.cp,
             drafts=self._decoder.build.plan.mtp,
         )
         rows = lay_out(step, self._page_table)
-        deal = Deal(self._decoder.build.plan, self._decoder.build.rank, rows.counts, step.regime, self._device)
+        deal = Deal(self._decoder.build.plan, self._decoder.build.rank, rows.counts, regime, self._device)
         edge = torch.zeros(self._decoder.num_edge_rows(deal), self.hidden, dtype=self.dtype, device=self._device)
         batch = self._batch(rows, deal, rows.sampled, self._plan_attention(rows, deal))
         computed = self._decoder.forward(batch, deal, None if self._is_first else edge)
@@ -429,8 +440,3 @@ class Runner:
                 sampled = self._sample(step, rows, CutLogits(computed.rows, self._vocab_size, self._along_vocabulary))
                 self._draft(step, rows, deal, batch, computed, sampled)
             self._sampler.clear()
-
-
-def _spread(num_rows: int, num_items: int) -> np.ndarray:
-    """Rows dealt out evenly: int32 [num_items]."""
-    return np.diff(np.arange(num_items + 1) * num_rows // num_items).astype(np.int32)

@@ -81,7 +81,7 @@ def serve(brief: Brief, channel: RankChannel, heart: Heart) -> None:
         heart.tell(Beat("failed", str(refusal)))
         while True:
             channel.receive()  # until the leader has heard it and ends this rank
-    heart.tell(Beat("ready", num_pages=runner.num_pages, num_snapshots=runner.num_snapshots))
+    heart.tell(Beat("ready", "", runner.num_pages, runner.num_snapshots, runner.room.activations))
     Duty(brief, channel, runner).do()
 
 

@@ -18,6 +18,8 @@ CASES = (
     Case("cpu", torch.float32, {"num_heads": 4, "num_kv_heads": 4, "head_dim": 80, "rows": 1, "norm": 1}),
     Case("cpu", torch.bfloat16, {"num_heads": 4, "num_kv_heads": 2, "head_dim": 96, "rows": 5, "norm": 1, "rotary": 24, "wide_norm": 1}),
     Case("cpu", torch.float32, {**_DEMO, "rows": 3, "norm": 0, "rotary": 16}),
+    Case("cpu", torch.bfloat16, {**_DEMO, "rows": 5, "norm": 1, "only_q": 1}),
+    Case("cpu", torch.bfloat16, {**_DEMO, "rows": 5, "norm": 1, "only_kv": 1}),
 )
 # Qwen3-8B; Qwen3.5-35B-A3B, that turns a quarter of a head, with zero-centred norms
 _QWEN3 = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "norm": 1}
@@ -31,6 +33,7 @@ def inputs(case: Case, seed: int) -> tuple[Any, ...]:
     rows, heads, kv_heads, dim = size["rows"], size["num_heads"], size["num_kv_heads"], size["head_dim"]
     qkv = torch.randn(rows, heads + 2 * kv_heads, dim, generator=draw, device=case.device).to(case.dtype)
     q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)
+    q, k, v = q[:, : 0 if size.get("only_kv") else None], *(x[:, : 0 if size.get("only_q") else None] for x in (k, v))
     angles = torch.rand(256, size.get("rotary", dim) // 2, generator=draw, device=case.device) * 6.3
     cos_sin = torch.cat((angles.cos(), angles.sin()), dim=-1)
     positions = torch.randint(0, 256, (rows,), generator=draw, device=case.device)

@@ -32,6 +32,6 @@ class QkRopeWrite(Protocol):
 
         Norms each head of q and k where a weight is given (as rms_norm), then turns pairs (i, i + R/2) of its first R
         numbers by the row's angles (the neox form) in float32, and writes k and v into the pools. q, k and v may be views
-        of one qkv tensor.
+        of one qkv tensor. A call may have no heads of q, or none of k and v.
         """
         ...

@@ -37,11 +37,12 @@ def qk_rope_write(
         k = rms_norm(k, k_norm, eps)
     cos, sin = cos_sin.index_select(0, positions).unsqueeze(1).chunk(2, dim=-1)
     cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-    size = k_pool.shape[2]
-    page, offset = pages // size, pages % size
-    # [pages, PAGE, Hk, D] views: an indexed write lands in the pool whatever its strides are.
-    k_pool.transpose(1, 2).index_put_((page, offset), _turn(k, cos, sin))
-    v_pool.transpose(1, 2).index_put_((page, offset), v)
+    if k.shape[1]:
+        size = k_pool.shape[2]
+        page, offset = pages // size, pages % size
+        # [pages, PAGE, Hk, D] views: an indexed write lands in the pool whatever its strides are.
+        k_pool.transpose(1, 2).index_put_((page, offset), _turn(k, cos, sin))
+        v_pool.transpose(1, 2).index_put_((page, offset), v)
     return _turn(q, cos, sin)
 
 
