@@ -47,7 +47,8 @@ def check(found, expected):
     seed=st.integers(0, 99),
 )
 def test_any_counts(counts, spare, top_k, sizes, seed):
-    *given, expected = draw(counts, spare, top_k, *sizes, seed)
+    hidden, width = sizes
+    *given, expected = draw(counts, spare, top_k, hidden, width, seed)
     check(Choices("cpu", torch.float32)("grouped_mlp")(*given), expected)
 
 

@@ -59,7 +59,7 @@ def strategies(kind: str, ep: int, boards: Boards) -> list:
 def test_gathered_ranks_owe_the_whole(ep: int, num_rows: int, lean: float):
     given, computed = routed(num_rows, ep, lean), [0] * ep
     made = strategies("gathered", ep, Boards())
-    shares = [made[rank](*given, computer(rank, EXPERTS // ep, computed)) for rank in range(ep)]
+    shares = [made[rank](*given, computer(rank, EXPERTS // ep, computed), None, None) for rank in range(ep)]
     torch.testing.assert_close(sum(shares), dense(*given))
     assert sum(computed) == num_rows * TOP_K
 
@@ -75,7 +75,7 @@ def test_dispatched_rows_come_home(rows: list[int], lean: float):
 
     def run(rank: int) -> None:
         given = routed(rows[rank], rank, lean)
-        torch.testing.assert_close(made[rank](*given, computer(rank, EXPERTS // ep, computed)), dense(*given))
+        torch.testing.assert_close(made[rank](*given, computer(rank, EXPERTS // ep, computed), None, None), dense(*given))
 
     on_every_rank(ep, run, boards)
     assert sum(computed) == sum(rows) * TOP_K
@@ -87,7 +87,7 @@ def test_a_row_does_not_see_where_its_experts_are():
     for ep in (1, 2, 4):
         boards, computed = Boards(), [0] * ep
         made = strategies("dispatched", ep, boards)
-        every += on_every_rank(ep, lambda rank: made[rank](*given, computer(rank, EXPERTS // ep, computed)), boards)  # noqa: B023
+        every += on_every_rank(ep, lambda rank: made[rank](*given, computer(rank, EXPERTS // ep, computed), None, None), boards)  # noqa: B023
     assert all(torch.equal(each, every[0]) for each in every)
 
 
@@ -95,7 +95,7 @@ def test_sums_are_made_in_float32():
     x, experts, weights = routed(6, 1)
     [gathered] = strategies("gathered", 1, Boards())
     rows = torch.randn(6 * TOP_K, HIDDEN).bfloat16()
-    found = gathered(x.bfloat16(), experts, weights, lambda _, pairs: rows)
+    found = gathered(x.bfloat16(), experts, weights, lambda _, pairs: rows, None, None)
     each = rows.view(6, TOP_K, HIDDEN).float()
     assert found.dtype == torch.bfloat16 and torch.equal(found, (each * weights[..., None]).sum(1).bfloat16())
 

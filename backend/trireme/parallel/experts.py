@@ -34,7 +34,13 @@ class Strategy(Protocol):
     within: tuple[str, ...]  # the collectives of a call
 
     def __call__(
-        self, x: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor, mlp: Mlp, shared: Any = None, num_rows: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        slots: torch.Tensor,
+        weights: torch.Tensor,
+        mlp: Mlp,
+        shared: Any = None,
+        num_rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """x [T, H], the slots of its experts int64 [T, k] and their weights float32 [T, k] -> the weighted sums [T, H], with the
         `shared` expert's as combine_experts takes it. Ranks along `owes` see the same rows, and must have the same slots for them.
@@ -57,7 +63,13 @@ class Gathered:
         self._num_slots, self._first, self._ops = num_slots, place * num_slots, ops
 
     def __call__(
-        self, x: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor, mlp: Mlp, shared: Any = None, num_rows: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        slots: torch.Tensor,
+        weights: torch.Tensor,
+        mlp: Mlp,
+        shared: Any = None,
+        num_rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
         pairs = self._ops.sort(slots, weights, self._first, self._num_slots, num_rows)
         return self._ops.combine(mlp(x, pairs), pairs.weights, shared)
@@ -71,7 +83,13 @@ class Dispatched:
         self.within: tuple[str, ...] = ("all_to_all ep",) * 3 if along.size > 1 else ()  # counts, rows, results
 
     def __call__(
-        self, x: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor, mlp: Mlp, shared: Any = None, num_rows: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        slots: torch.Tensor,
+        weights: torch.Tensor,
+        mlp: Mlp,
+        shared: Any = None,
+        num_rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         home      rows by slot                          rank 0's slots │ rank 1's slots

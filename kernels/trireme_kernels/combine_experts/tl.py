@@ -46,13 +46,13 @@ def combine_experts(results: Tensor, weights: Tensor, shared: Shared | None) -> 
 
 @triton.jit
 def _rows(
-    results, weights, shared, x, gate, out, hidden, shared_row, x_row, TOP_K: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr
+    results, weights, shared, x, gate, out, hidden, shared_row, x_row, TOP_K: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < hidden
     total = tl.zeros([BLOCK], tl.float32)
-    for nth in tl.static_range(TOP_K):
+    for nth in tl.static_range(TOP_K):  # pyright: ignore[reportGeneralTypeIssues]
         weight = tl.load(weights + row * TOP_K + nth)
         end = tl.where(weight != 0, hidden, 0)
         result = tl.load(results + (row * TOP_K + nth) * hidden + column, mask=column < end, other=0.0)

@@ -130,10 +130,8 @@ def _multiply(
     row = pair // TOP_K if GATED else read
     x_line = x + row.to(tl.int64)[:, None] * x_row
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    if GATED:  # a gate and its up are neighbours
-        column = tl.minimum(column // 2, num_out - 1) + column % 2 * num_out
-    else:
-        column = tl.minimum(column, num_out - 1)
+    half = 2 if GATED else 1  # a gate and its up are neighbours
+    column = tl.minimum(column // half, num_out - 1) + column % half * num_out
     weight_line = weight + slot.to(tl.int64) * weight_slot + column.to(tl.int64)[None, :] * weight_row
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(0, num_in, INNER):

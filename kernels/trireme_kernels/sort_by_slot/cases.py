@@ -34,17 +34,18 @@ def inputs(case: Case, seed: int) -> tuple[Tensor, Tensor, int, int, Tensor]:
 
 def results(op: SortBySlot, inputs: tuple) -> tuple[Tensor, ...]:
     """All that the op computes: of all rows, then of those that are somebody's."""
-    *given, num_rows = inputs
+    slots, given, first, num_slots, num_rows = inputs
     found = []
     for real in (None, num_rows):
-        order, begins, weights = op(*given, real)
+        order, begins, weights = op(slots, given, first, num_slots, real)
         found += [order[: int(begins[-1])], begins, weights]
     return tuple(found)
 
 
 def timed(op: SortBySlot, inputs: tuple) -> Callable[[], Any]:
     """What a benchmark repeats."""
-    return lambda: op(*inputs[:-1], None)
+    slots, weights, first, num_slots, _ = inputs
+    return lambda: op(slots, weights, first, num_slots, None)
 
 
 def work(inputs: tuple) -> Work:
