@@ -11,6 +11,7 @@ from torch import Tensor
 
 from trireme_kernels.case import Case
 from trireme_kernels.combine_experts.op import CombineExperts, Shared
+from trireme_kernels.pdl import after_earlier, early
 
 
 def fits(case: Case) -> str | None:
@@ -40,17 +41,20 @@ def combine_experts(results: Tensor, weights: Tensor, shared: Shared | None) -> 
             TOP_K=top_k,
             SHARED=shared is not None,
             BLOCK=block,
+            **early(results),
         )
     return out
 
 
 @triton.jit
 def _rows(
-    results, weights, shared, x, gate, out, hidden, shared_row, x_row, TOP_K: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr,
+    results, weights, shared, x, gate, out, hidden, shared_row, x_row,
+    TOP_K: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < hidden
+    after_earlier(PDL)
     total = tl.zeros([BLOCK], tl.float32)
     for nth in tl.static_range(TOP_K):  # pyright: ignore[reportGeneralTypeIssues]
         weight = tl.load(weights + row * TOP_K + nth)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from trireme_kernels.case import Case
 from trireme_kernels.grouped_mlp.op import GroupedMlp
+from trireme_kernels.pdl import after_earlier, early
 from trireme_kernels.sort_by_slot.op import Pairs
 
 
@@ -100,6 +101,7 @@ def product(x: Tensor, weight: Tensor, pairs: Pairs, tile: Tile, *, gated: bool)
         INNER=tile.inner,
         WHOLE=num_in % tile.inner == 0,
         WIDEN=not x.is_cuda,  # the interpreter multiplies bfloat16 matrices wrongly: it holds them as integers
+        **early(x),
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
@@ -110,12 +112,13 @@ def product(x: Tensor, weight: Tensor, pairs: Pairs, tile: Tile, *, gated: bool)
 def _multiply(
     x, weight, out, order, begins, num_slots, num_out, num_in, x_row, weight_slot, weight_row,
     TOP_K: tl.constexpr, GATED: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
-    WHOLE: tl.constexpr, WIDEN: tl.constexpr,
+    WHOLE: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     # Programs of one tile's columns are neighbours: its rows of x, and soon the slot's weight, are then in the cache.
     tile = tl.program_id(1)
     each = tl.arange(0, SLOTS)
     known = each < num_slots
+    after_earlier(PDL)
     count = tl.load(begins + 1 + each, mask=known, other=0) - tl.load(begins + each, mask=known, other=0)
     tiles = tl.cdiv(count, ROWS)
     slot = tl.sum((tl.cumsum(tiles) <= tile).to(tl.int32))

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trireme_kernels.case import Case
+from trireme_kernels.pdl import after_earlier, early
 from trireme_kernels.sort_by_slot.op import Pairs, SortBySlot
 
 _MOST = 4096  # pairs at a time
@@ -45,6 +46,7 @@ def sort_by_slot(slots: Tensor, weights: Tensor, first: int, num_slots: int, num
         num_slots,
         ALL=num_rows is None,
         BLOCK=block,
+        **early(slots),
         num_warps=4 if block <= 1024 else 8,
     )
     return Pairs(order, begins, here)
@@ -52,9 +54,11 @@ def sort_by_slot(slots: Tensor, weights: Tensor, first: int, num_slots: int, num
 
 @triton.jit
 def _slots(
-    slots, weights, num_rows, order, begins, here, num_pairs, top_k, first, num_slots, ALL: tl.constexpr, BLOCK: tl.constexpr
+    slots, weights, num_rows, order, begins, here, num_pairs, top_k, first, num_slots,
+    ALL: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     own = tl.program_id(0)
+    after_earlier(PDL)
     real = num_pairs
     if not ALL:
         real = tl.minimum(tl.load(num_rows) * top_k, num_pairs).to(tl.int32)
