@@ -43,7 +43,7 @@ class Moe(Block):
         self.shared = SharedExpert(build, self.strategy.owes) if spec.shared_intermediate else None
 
         self.route = route_evenly if build.plan.dispatch == "fake" else build.choices("route", num_experts=num_experts)
-        self.count = build.choices("count_experts", num_experts=num_experts)
+        self.pick = build.choices("pick_slots", num_experts=num_experts)
         place, num_alike = build.place(self.strategy.owes)  # ranks that see the same rows
         counts = build.plan.eplb and place == 0
         self.loads = torch.zeros(num_experts, dtype=torch.int32, device=build.device) if counts else None
@@ -64,11 +64,12 @@ class Moe(Block):
 
     def forward(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
         weights, experts = self.route(self.router(x), self._top_k, self._renormalise)
-        if self.loads is not None and (self._first_copy or batch.shared is not None):  # without context shards copies see the same rows
-            self.count(experts, batch.num_rows, self.loads)
         if batch.routed is not None:
             batch.routed.append(experts.to(torch.int16))
-        slots = self.placement.slots(experts)
+        slots = experts
+        if self.placement.copies is not None:
+            counts = self._first_copy or batch.shared is not None  # without context shards copies see the same rows
+            slots = self.pick(experts, self.placement.copies, batch.num_rows, self.loads if counts else None)
         if self._keeps_picks:
             self.picks = slots
         shared = None if self.shared is None else self.shared(x)
