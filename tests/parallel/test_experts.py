@@ -7,9 +7,11 @@ import torch
 
 from threads import Boards, on_every_rank
 from trireme.parallel.collectives import Collectives
-from trireme.parallel.experts import Compute, make_strategy
+from trireme.parallel.experts import Mlp, Ops, make_strategy
 from trireme.parallel.mesh import Mesh
 from trireme.parallel.plan import Plan
+from trireme_kernels.choose import Choices
+from trireme_kernels.sort_by_slot.op import Pairs
 
 EXPERTS, TOP_K, HIDDEN = 8, 3, 5
 MATRICES = torch.randn(EXPERTS, HIDDEN, HIDDEN, generator=torch.Generator().manual_seed(0))
@@ -26,23 +28,28 @@ def dense(x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> torc
     return torch.einsum("th,tkhj,tk->tj", x, MATRICES[experts], weights)
 
 
-def computer(rank: int, num_slots: int, computed: list[int]) -> Compute:
-    """A rank's experts; it notes how many rows it computed."""
+def computer(rank: int, num_slots: int, computed: list[int]) -> Mlp:
+    """A rank's experts; it notes how many pairs it computed. Of other pairs its results are nan."""
 
-    def compute(rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        assert len(counts) == num_slots and len(rows) == int(counts.sum())
-        computed[rank] = len(rows)
+    def mlp(rows: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+        counts = pairs.begins.diff().long()
+        order = pairs.order[: int(counts.sum())].long()
+        assert len(counts) == num_slots
+        computed[rank] = len(order)
         own = MATRICES[rank * num_slots : (rank + 1) * num_slots].repeat_interleave(counts, dim=0)
-        return torch.einsum("mh,mhj->mj", rows, own)
+        given = rows[order // pairs.weights.shape[1]]
+        results = torch.full((len(pairs.order), HIDDEN), torch.nan)
+        return results.index_copy_(0, order, torch.einsum("mh,mhj->mj", given, own))
 
-    return compute
+    return mlp
 
 
 def strategies(kind: str, ep: int, boards: Boards) -> list:
-    plan, made = Plan(layer_cut=(1,), tp=ep, ep=ep), []
+    plan, made, choices = Plan(layer_cut=(1,), tp=ep, ep=ep), [], Choices("cpu", torch.float32)
+    ops = Ops(choices("sort_by_slot"), choices("combine_experts"))
     for rank in range(ep):
         collectives = Collectives(Mesh(plan), rank)
-        made.append(make_strategy(kind, EXPERTS // ep, collectives))
+        made.append(make_strategy(kind, EXPERTS // ep, collectives, ops))
         collectives.begin(boards.groups(collectives))
     return made
 
@@ -52,7 +59,7 @@ def strategies(kind: str, ep: int, boards: Boards) -> list:
 def test_gathered_ranks_owe_the_whole(ep: int, num_rows: int, lean: float):
     given, computed = routed(num_rows, ep, lean), [0] * ep
     made = strategies("gathered", ep, Boards())
-    shares = [made[rank](*given, computer(rank, EXPERTS // ep, computed)) for rank in range(ep)]
+    shares = [made[rank](*given, computer(rank, EXPERTS // ep, computed), None, None) for rank in range(ep)]
     torch.testing.assert_close(sum(shares), dense(*given))
     assert sum(computed) == num_rows * TOP_K
 
@@ -68,7 +75,7 @@ def test_dispatched_rows_come_home(rows: list[int], lean: float):
 
     def run(rank: int) -> None:
         given = routed(rows[rank], rank, lean)
-        torch.testing.assert_close(made[rank](*given, computer(rank, EXPERTS // ep, computed)), dense(*given))
+        torch.testing.assert_close(made[rank](*given, computer(rank, EXPERTS // ep, computed), None, None), dense(*given))
 
     on_every_rank(ep, run, boards)
     assert sum(computed) == sum(rows) * TOP_K
@@ -80,7 +87,7 @@ def test_a_row_does_not_see_where_its_experts_are():
     for ep in (1, 2, 4):
         boards, computed = Boards(), [0] * ep
         made = strategies("dispatched", ep, boards)
-        every += on_every_rank(ep, lambda rank: made[rank](*given, computer(rank, EXPERTS // ep, computed)), boards)  # noqa: B023
+        every += on_every_rank(ep, lambda rank: made[rank](*given, computer(rank, EXPERTS // ep, computed), None, None), boards)  # noqa: B023
     assert all(torch.equal(each, every[0]) for each in every)
 
 
@@ -88,6 +95,16 @@ def test_sums_are_made_in_float32():
     x, experts, weights = routed(6, 1)
     [gathered] = strategies("gathered", 1, Boards())
     rows = torch.randn(6 * TOP_K, HIDDEN).bfloat16()
-    found = gathered(x.bfloat16(), experts, weights, lambda _, counts: rows)
-    pairs = rows[experts.flatten().argsort(stable=True).argsort()].view(6, TOP_K, HIDDEN)
-    assert found.dtype == torch.bfloat16 and torch.equal(found, (pairs.float() * weights[..., None]).sum(1).bfloat16())
+    found = gathered(x.bfloat16(), experts, weights, lambda _, pairs: rows, None, None)
+    each = rows.view(6, TOP_K, HIDDEN).float()
+    assert found.dtype == torch.bfloat16 and torch.equal(found, (each * weights[..., None]).sum(1).bfloat16())
+
+
+@pytest.mark.parametrize("kind", ["gathered", "dispatched"])
+@pytest.mark.parametrize("real", [0, 2, 7])
+def test_rows_of_nobody_are_not_computed(kind: str, real: int):
+    given, computed = routed(7, 5), [0]
+    [made] = strategies(kind, 1, Boards())
+    found = made(*given, computer(0, EXPERTS, computed), None, torch.tensor([real]))
+    torch.testing.assert_close(found, dense(*given) * (torch.arange(7) < real)[:, None])
+    assert computed == [real * TOP_K]

@@ -4,7 +4,6 @@ rows reach their slots is parallel/experts'."""
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from trireme.core.batch import Batch
@@ -12,8 +11,10 @@ from trireme.core.step import Regime
 from trireme.layers.block import Block, Build
 from trireme.layers.linear import Linear
 from trireme.layers.param import Param, by_columns, by_rows, by_slots, norm_weight
-from trireme.parallel.experts import make_strategy
+from trireme.parallel.experts import Ops, make_strategy
 from trireme.parallel.placement import Placement
+from trireme_kernels.combine_experts.op import Shared
+from trireme_kernels.sort_by_slot.op import Pairs
 
 
 class Moe(Block):
@@ -35,20 +36,27 @@ class Moe(Block):
         self.gate_up = Param(build, (num_experts, 2 * width, hidden), slots, by_columns("moe_tp", width, width, dim=1))
         self.down = Param(build, (num_experts, hidden, width), slots, by_rows("moe_tp", width, dim=2))
 
-        self.strategy = make_strategy(build.plan.experts, placement.slots_per_rank, build.collectives)
+        num_slots = placement.slots_per_rank
+        ops = Ops(build.choices("sort_by_slot", num_slots=num_slots), build.choices("combine_experts", hidden=hidden))
+        self.strategy = make_strategy(build.plan.experts, num_slots, build.collectives, ops)
         self.takes, self.gives = self.strategy.takes, self.strategy.gives
         self.shared = SharedExpert(build, self.strategy.owes) if spec.shared_intermediate else None
 
         self.route = route_evenly if build.plan.dispatch == "fake" else build.choices("route", num_experts=num_experts)
-        self.count = build.choices("count_experts", num_experts=num_experts)
+        self.pick = build.choices("pick_slots", num_experts=num_experts)
         place, num_alike = build.place(self.strategy.owes)  # ranks that see the same rows
         counts = build.plan.eplb and place == 0
         self.loads = torch.zeros(num_experts, dtype=torch.int32, device=build.device) if counts else None
         self.picks: torch.Tensor | None = None
         self._keeps_picks = build.plan.eplb and num_alike > 1
         self._first_copy = build.place("moe_dp")[0] == 0
-        self.grouped_linear = build.choices("grouped_linear", num_slots=placement.slots_per_rank)
-        self.silu_mul = build.choices("silu_mul", intermediate=width)
+        self.grouped_mlp = build.choices(
+            "grouped_mlp",
+            num_slots=num_slots,
+            of_slots=placement.num_slots if build.plan.experts == "gathered" else num_slots,
+            hidden=hidden,
+            intermediate=self.down.shape[2],
+        )
         self._top_k, self._renormalise = spec.num_experts_per_tok, spec.norm_topk_prob
 
     def within(self, regime: Regime) -> tuple[str, ...]:
@@ -56,21 +64,20 @@ class Moe(Block):
 
     def forward(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
         weights, experts = self.route(self.router(x), self._top_k, self._renormalise)
-        if self.loads is not None and (self._first_copy or batch.shared is not None):  # without context shards copies see the same rows
-            self.count(experts, batch.num_rows, self.loads)
         if batch.routed is not None:
             batch.routed.append(experts.to(torch.int16))
-        slots = self.placement.slots(experts)
+        slots = experts
+        if self.placement.copies is not None:
+            counts = self._first_copy or batch.shared is not None  # without context shards copies see the same rows
+            slots = self.pick(experts, self.placement.copies, batch.num_rows, self.loads if counts else None)
         if self._keeps_picks:
             self.picks = slots
-        mixed = self.strategy(x, slots, weights, self._compute)
-        return mixed if self.shared is None else self.shared(x, mixed)
+        shared = None if self.shared is None else self.shared(x)
+        return self.strategy(x, slots, weights, self._mlp, shared, batch.num_rows)
 
-    def _compute(self, rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        """Rows [M, H] sorted by slot -> [M, H], or this rank's share of a sum over moe_tp."""
-        plan = self.grouped_linear.plan(counts, len(rows))
-        gate_up = self.grouped_linear.run(rows, self.gate_up, plan)
-        return self.grouped_linear.run(self.silu_mul(gate_up), self.down, plan)
+    def _mlp(self, rows: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+        """Rows [T, H] -> [T * k, H], each pair's result, or this rank's share of a sum over moe_tp."""
+        return self.grouped_mlp(rows, self.gate_up, self.down, pairs)
 
 
 def _placement(build: Build) -> Placement:
@@ -105,10 +112,10 @@ class SharedExpert(nn.Module):
         cut = axis if width % size == 0 else None
         self.gate_up = Linear(build, 2 * width, hidden, by_columns(cut, width, width))
         self.down = Linear(build, hidden, width, by_rows(cut, width))
-        self.gate = Linear(build, 1, hidden)
+        self.gate = Param(build, (1, hidden))
         self.silu_mul = build.choices("silu_mul", intermediate=width)
         self._adds = cut is not None or place == 0
 
-    def forward(self, x: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
-        """x, mixed [T, H] -> mixed and the expert's result, or what this rank owes of them."""
-        return mixed + F.sigmoid(self.gate(x)) * self.down(self.silu_mul(self.gate_up(x))) if self._adds else mixed
+    def forward(self, x: torch.Tensor) -> Shared | None:
+        """x [T, H] -> what combine_experts adds, or what this rank owes of it."""
+        return Shared(self.down(self.silu_mul(self.gate_up(x))), x, self.gate) if self._adds else None

@@ -62,7 +62,7 @@ EXPERT_NAMES = table("""
 SHARED_EXPERT_NAMES = table("""
   model.layers.{i}.mlp.shared_expert.{gate,up}_proj -> layers.{i}.mlp.shared.gate_up   join gate up
   model.layers.{i}.mlp.shared_expert.down_proj      -> layers.{i}.mlp.shared.down
-  model.layers.{i}.mlp.shared_expert_gate           -> layers.{i}.mlp.shared.gate
+  model.layers.{i}.mlp.shared_expert_gate.weight    -> layers.{i}.mlp.shared.gate
 """)
 
 # Of `hybrid_blocks`. How the projections of delta layers lie is the family's to say.

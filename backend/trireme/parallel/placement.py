@@ -53,14 +53,11 @@ class Placement:
         first = self._place * self.slots_per_rank
         return self.map[first : first + self.slots_per_rank]
 
-    def slots(self, experts: torch.Tensor) -> torch.Tensor:
-        """Where a row goes for each of its experts: int64 [T, k] -> slots, int64 [T, k]."""
-        if self._is_identity:
-            return experts
-        if self._most_copies == 1:
-            return self._table[:, 0][experts]
-        numbers = torch.arange(len(experts), device=experts.device)[:, None]
-        return self._table[experts, numbers % self._table[:, -1][experts]]
+    @property
+    def copies(self) -> torch.Tensor | None:
+        """What says where rows go, as `table` makes it and pick_slots reads it on the device; None where the slot of an expert is
+        always the one of its number."""
+        return None if self._is_identity else self._table
 
     def table(self, map: np.ndarray) -> torch.Tensor:
         """What this rank reads of a map, on the host, where it can be ready before the map is in force: int64 [E, most copies + 1], the

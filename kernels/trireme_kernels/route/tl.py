@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trireme_kernels.case import Case
+from trireme_kernels.pdl import after_earlier, early
 from trireme_kernels.route.op import Route
 
 _MOST_EXPERTS = 1024
@@ -46,6 +47,7 @@ def route(logits: Tensor, top_k: int, renormalise: bool) -> tuple[Tensor, Tensor
             ROWS=rows,
             EXPERTS=experts,
             CHOSEN=triton.next_power_of_2(top_k),
+            **early(logits),
         )
     return weights, ids
 
@@ -54,10 +56,12 @@ def route(logits: Tensor, top_k: int, renormalise: bool) -> tuple[Tensor, Tensor
 def _rows(
     logits, weights, ids, num_rows, num_experts, row_stride,
     TOP_K: tl.constexpr, RENORMALISE: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr, CHOSEN: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     expert = tl.arange(0, EXPERTS)
     known = (expert < num_experts)[None, :]
+    after_earlier(PDL)
     line = logits + tl.minimum(row, num_rows - 1)[:, None] * row_stride  # rows past the last are the last again, not stored
     value = tl.load(line + expert[None, :], mask=known, other=float("-inf")).to(tl.float32)
     value = tl.exp(value - tl.max(value, axis=1)[:, None])

@@ -1,1 +1,0 @@
-"""count_experts: how many rows each expert was given."""

@@ -1,1 +1,0 @@
-"""grouped_linear: each row times the weight of its slot."""
