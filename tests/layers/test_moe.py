@@ -89,6 +89,19 @@ def test_a_fake_router_is_even():
     assert torch.equal(weights.sum(1), torch.ones(50)) and all(len(set(row)) == 3 for row in experts.tolist())
 
 
+def test_a_skewed_router_follows_zipf():
+    """Each row chooses different experts; the first of 64 gets what Zipf's law says, of dummy logits whatever their size."""
+    spec = replace(SPEC, num_experts=64, num_experts_per_tok=1)
+    route = filled(build(spec, dispatch="skewed", eplb=True)).route
+    _, first = route(0.02 * torch.randn(20_000, 64, generator=torch.Generator().manual_seed(0)), 1, True)
+    shares = torch.bincount(first.flatten(), minlength=64) / 20_000
+    law = 1 / torch.arange(1.0, 65) / (1 / torch.arange(1.0, 65)).sum()
+    assert float((shares - law).abs().sum()) < 0.25 and float(shares[:16].sum()) > 0.6
+    weights, experts = route(torch.randn(50, 64), 3, True)
+    torch.testing.assert_close(weights.sum(1), torch.ones(50))
+    assert all(len(set(row)) == 3 for row in experts.tolist())
+
+
 def check_ranks(spec: Spec, x: torch.Tensor, wanted: torch.Tensor, sizes: dict[str, Any], map: np.ndarray | None = None) -> None:
     boards, num_rows = Boards(), len(x)
 

@@ -152,6 +152,7 @@ def test_a_head_drafts_unless_it_is_turned_off(asked: int | None, drafts: int, w
         ({"num_redundant_experts": 8}, "dispatched", "static", "tp4 ep4 dispatched eplb8 static"),
         ({"dispatch": "dynamic"}, "dispatched", "dynamic", "tp4 ep4 dispatched eplb"),
         ({"dispatch": "fake"}, "gathered", "fake", "tp4 ep4 eplb fake"),
+        ({"dispatch": "skewed"}, "gathered", "skewed", "tp4 ep4 eplb skewed"),
     ],
 )
 def test_copies_are_chosen_as_rows_find_them_unless_settings_say(eplb: dict | None, experts: str, dispatch: str, words: str):

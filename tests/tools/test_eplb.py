@@ -17,6 +17,8 @@ from trireme.engine.balancer import Balancer, StageExperts
 from trireme.engine.eplb_file import Origin
 from trireme.engine.placing import Slots
 from trireme_tools.cli import build
+from trireme_tools.rebalance import steps_around_moves
+from trireme_tools.timeline import Bar
 
 SLOTS = Slots(num_experts=64, num_slots=80, num_ranks=4)
 LOADS = (1e6 / np.arange(1, 65)).astype(np.int32)
@@ -123,3 +125,20 @@ class _server:
     def __exit__(self, *exc_info: object) -> None:
         self._server.shutdown()
         self._server.server_close()
+
+
+def test_steps_around_moves():
+    """100 decodes of 8 rows after a prefill; step 50 puts maps in force and takes twice as long, those after it are faster."""
+    bars, ended = [Bar(0, 0, 0, 64, 0.0, 0.0, 0.5)], 0.5
+    for number in range(1, 101):
+        took = 0.010 if number < 50 else 0.020 if number == 50 else 0.008
+        bars.append(Bar(0, number, 0, 8, ended, 0.0, took, 0.004 if number == 50 else 0.0))
+        ended += took
+    history = [{"reason": "self-test", "step": 20}, {"reason": "balance", "step": 55, "received": 3, "moved_bytes": 12}]
+    seen = steps_around_moves(bars, 8, history)
+    figures = ("steps", "commits", "moves", "received_experts", "moved_bytes", "step_ms_before", "step_ms_after", "stalled_ms")
+    assert [round(seen[name], 6) for name in figures] == [99, 1, 1, 3, 12, 10, 8, 4]
+    assert round(seen["longest_over_neighbours_near_moves"], 2) == 2.22  # 20 over the median of eight 10s and eight 8s
+    assert seen["longest"][0]["step"] == 50 and seen["longest_over_neighbours_elsewhere"] < 1.5
+    with pytest.raises(Refusal, match="too few decode steps"):
+        steps_around_moves(bars[:20], 8, history)

@@ -18,6 +18,7 @@ from trireme.engine.eplb_file import read
 from trireme.engine.placing import Policy, Slots, balance, peak, place, rank_loads, received, trivial
 from trireme.models.cost import Kind, layer_params
 from trireme.models.spec import read_spec
+from trireme_tools import rebalance
 
 _MIB = 1 << 20
 
@@ -26,6 +27,7 @@ def build() -> typer.Typer:
     app = typer.Typer(help="Balancing of experts (EPLB): try maps on recorded loads, look at a live server's.", no_args_is_help=True)
     app.command()(simulate)
     app.command()(show)
+    app.command()(rebalance.bench)
     return app
 
 

@@ -90,7 +90,7 @@ FLAGS = {
     "eplb.count_every": Flag("steps after which ranks report what they counted"),
     "eplb.layers_per_step": Flag("layers that change at one step"),
     "eplb.min_gain": Flag("the least part of the busiest rank's time that new maps must save"),
-    "eplb.dispatch": Flag("among copies: auto, static, dynamic or fake"),
+    "eplb.dispatch": Flag("among copies: auto, static or dynamic; for benchmarks fake (even loads) or skewed (Zipf 1.0)"),
     "eplb.initial_map": Flag("trivial, or a file of maps or loads", read=_word_or_path),
     "eplb.state": Flag("folder in which loads and maps are kept", read=_path),
     "threads_per_rank": Flag("CPU threads of a rank (default: cores / ranks)"),
@@ -111,7 +111,7 @@ _WORDS: dict[str, dict[str, Any]] = {
     "dispatched": {"experts": "dispatched"},
     "tensor": {"link": "tensor"},
 }
-_DISPATCH = ("static", "dynamic", "fake")  # behind eplb
+_DISPATCH = ("static", "dynamic", "fake", "skewed")  # behind eplb
 
 # settings that list stages or ranks -> the sizes they must fit
 _NAMED_BY_PLACE = {

@@ -19,6 +19,7 @@ class Bar(NamedTuple):
     began: float
     receiving: float
     busy: float
+    stalled: float = 0.0  # of `busy`: until new expert maps were in force
 
     @property
     def ended(self) -> float:

@@ -41,7 +41,7 @@ class Eplb(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid
     layers_per_step: int = 4  # that are prepared together, and change at one step
     min_gain: float = 0.05  # the least part of the busiest rank's time that new maps must save; 0 or less: a drill, they move at every look
     policy: Literal["auto", "hierarchical", "global", "skew", "minimal"] = "auto"
-    dispatch: Literal["auto", "static", "dynamic", "fake"] = "auto"  # among copies; fake: a router that is even, for benchmarks
+    dispatch: Literal["auto", "static", "dynamic", "fake", "skewed"] = "auto"  # among copies; the last two: routers for benchmarks
     initial_map: str = "trivial"  # or a file of maps or loads that `eplb` saved
     state: str | None = None  # folder in which loads and maps are saved, and from which they are loaded at start
 

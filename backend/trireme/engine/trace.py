@@ -12,7 +12,8 @@ _FLUSH_EVERY_S = 1.0
 
 
 class StepTrace:
-    """Lines {epoch, number, stage, began, waiting, receiving, busy, rows, samples}; seconds, `began` in time.time()."""
+    """Lines {epoch, number, stage, began, waiting, receiving, busy, rows, samples, stalled}; seconds, `began` in time.time(), `stalled`
+    by new expert maps."""
 
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -26,7 +27,7 @@ class StepTrace:
         for outcome in outcomes:
             where = {"epoch": outcome.epoch, "number": outcome.number, "stage": outcome.stage}
             clock = msgspec.structs.asdict(outcome.clock)
-            self._lines.append(self._encode({**where, **clock, "rows": rows, "samples": samples}))
+            self._lines.append(self._encode({**where, **clock, "rows": rows, "samples": samples, "stalled": outcome.stalled_s}))
         if now - self._flushed_at >= _FLUSH_EVERY_S:
             self._flushed_at = now
             self.flush()

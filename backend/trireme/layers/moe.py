@@ -3,6 +3,8 @@ rows reach their slots is parallel/experts'."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -43,6 +45,8 @@ class Moe(Block):
         self.shared = SharedExpert(build, self.strategy.owes) if spec.shared_intermediate else None
 
         self.route = route_evenly if build.plan.dispatch == "fake" else build.choices("route", num_experts=num_experts)
+        if build.plan.dispatch == "skewed":
+            self.route = SkewedRoute(self.route, num_experts, build)
         self.pick = build.choices("pick_slots", num_experts=num_experts)
         place, num_alike = build.place(self.strategy.owes)  # ranks that see the same rows
         counts = build.plan.eplb and place == 0
@@ -99,6 +103,22 @@ def route_evenly(logits: torch.Tensor, top_k: int, renormalise: bool) -> tuple[t
     num_rows, num_experts = logits.shape
     turns = torch.arange(num_rows * top_k, device=logits.device).view(num_rows, top_k)
     return logits.new_full((num_rows, top_k), 1 / top_k, dtype=torch.float32), turns % num_experts
+
+
+class SkewedRoute:
+    """The op `route` for benchmarks of balancing with dummy weights, whose own loads are even: a row's logits, of one spread for all
+    rows, stand on top of log(1 / n) for expert n = 1, 2, ..., so that a row draws its experts about as from Zipf's law of exponent
+    1, one after another without putting back. Rows still choose by what they are; the busiest experts lie side by side."""
+
+    _SPREAD = 2.0  # of normal noise: nearest to that law for 64 and 128 experts (a seventh of the rows go elsewhere)
+
+    def __init__(self, route: Callable[..., tuple[torch.Tensor, torch.Tensor]], num_experts: int, build: Build):
+        self._route = route
+        spread = torch.full((num_experts,), self._SPREAD, device=build.device, dtype=build.dtype)
+        self._of_noise, self._of_zipf = spread, -torch.arange(1, num_experts + 1, device=build.device).log().to(build.dtype)
+
+    def __call__(self, logits: torch.Tensor, top_k: int, renormalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._route(F.layer_norm(logits, logits.shape[-1:], self._of_noise, self._of_zipf), top_k, renormalise)
 
 
 class SharedExpert(nn.Module):

@@ -28,7 +28,8 @@ class Plan:
     mtp: int = 0  # drafts of a sequence at the most, by the checkpoint's own head; 0: it is not loaded
     eplb: bool = False  # whether the loads of experts are counted, and which slots hold which may change
     num_redundant_experts: int = 0  # slots of a layer beyond its experts
-    dispatch: Literal["dynamic", "static", "fake"] = "dynamic"  # among copies of an expert; fake: a router that is even, and dynamic
+    # among copies of an expert; the last two are dynamic with a router for benchmarks: fake is even, skewed prefers low numbers
+    dispatch: Literal["dynamic", "static", "fake", "skewed"] = "dynamic"
 
     def __post_init__(self):
         if min(self.tp, self.cp, self.ep, self.moe_dp) < 1 or not self.layer_cut:
