@@ -31,6 +31,8 @@ class PeerSum(Protocol):
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, boxes: Any
     ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
+    def best(self, values: torch.Tensor, ids: torch.Tensor, boxes: Any) -> tuple[torch.Tensor, torch.Tensor]: ...
+
 
 @dataclass(frozen=True)
 class Boxes:
@@ -44,7 +46,8 @@ class Boxes:
 
 
 class Peers:
-    """The group's sums of up to `most` numbers. Calls are put on the current stream, and may be captured."""
+    """The group's sums of up to `most` numbers, and the best of what its ranks found. Calls are put on the current stream, and may be
+    captured."""
 
     def __init__(self, boxes: Boxes, op: PeerSum, dtype: torch.dtype, hidden: int):
         self._boxes, self._op, self.dtype, self.hidden = boxes, op, dtype, hidden
@@ -61,6 +64,10 @@ class Peers:
     def sum_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
         """x, residual [T, hidden] -> (normed, residual + x summed over the ranks)."""
         return self._op.sum_norm(x, residual, weight, eps, self._boxes)
+
+    def best(self, values: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """values float32 [n], ids int64 [n] of tokens -> the highest of each row over the ranks and its id, of equals the lowest."""
+        return self._op.best(values, ids, self._boxes)
 
     def give_up(self) -> None:
         """Kernels that wait for another rank end, within a millisecond, and so do all that come: a kernel cannot be cancelled.

@@ -41,16 +41,17 @@ class CutLogits:
 
     def argmax(self) -> Tensor:
         """The highest token of each row, int64 [n]; of equals the lowest, as torch.argmax has it."""
-        values, columns = self.local.max(dim=-1, keepdim=True)
-        return self.best(values, columns + self.first, 1)[1][:, 0]
+        values, columns = self.local.max(dim=-1)
+        return self.best(values, columns + self.first)
+
+    def best(self, scores: Tensor, ids: Tensor) -> Tensor:
+        """Of what each rank found best, float32 [n] and int64 [n], the tokens of the highest scores, of equals the lowest: int64 [n]."""
+        return self.along.best(scores, ids)[1]
 
     def topk(self, k: int) -> tuple[Tensor, Tensor]:
         """The k highest of each row, highest first and of equals the lower token: (values [n, k], ids int64 [n, k])."""
         values, columns = highest(self.local, min(k, self.width))
-        return self.best(values, columns + self.first, k)
-
-    def best(self, values: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k best of every rank's candidates, each rank's [n, c] sorted as topk sorts: (values [n, k], ids int64 [n, k])."""
+        ids = columns + self.first
         if self.along.size == 1:
             return values, ids
         num = values.shape[1]

@@ -174,10 +174,10 @@ class Sampler:
         whole = changes | (filtered & ~few)
         tokens = torch.empty(len(rows), dtype=torch.int64, device=self._device)
         if len(which := np.flatnonzero(~few & ~whole)):
-            there = self._there(which)
+            there = self._there(which) if len(which) < len(rows) else slice(None)  # of which no copy is made
             part = logits.select(there)
             drawn, scores = self._draw(part.local, wanted.pick(which), part.ids)
-            tokens[there] = part.best(scores[:, None], drawn[:, None], 1)[1][:, 0]
+            tokens[there] = part.best(scores, drawn)
         if len(which := np.flatnonzero(few)):
             there = self._there(which)
             tokens[there], settled = self._draw_few(logits.select(there), wanted.pick(which))
