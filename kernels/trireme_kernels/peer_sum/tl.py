@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trireme_kernels.case import Case
+from trireme_kernels.pdl import after_earlier, early
 from trireme_kernels.peer_sum.op import Boxes, PeerSum, empty_key_of, empty_of
 
 _GLANCE = 256  # looks into the box between looks at `given_up`, which lies in the host's memory
@@ -93,6 +94,7 @@ def _fixed(boxes: Boxes, block: int, box: Tensor) -> dict[str, int]:
         "GLANCE": _GLANCE,
         "BLOCK": block,
         "num_warps": max(1, min(16, block * box.itemsize // 512)),  # 16 bytes a thread
+        **early(box),
     }
 
 
@@ -112,11 +114,13 @@ def _sums(
     WORLD: tl.constexpr,
     GLANCE: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     cell = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     at = cell * BLOCK + column
     inside = at < num
+    after_earlier(PDL)
     mine = tl.load(bits + at, mask=inside, other=0)
     kind = x.dtype.element_ty
     summed = _exchanged(
@@ -147,13 +151,15 @@ def _rows(
     WORLD: tl.constexpr,
     GLANCE: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     row = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     inside = column < hidden
+    scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    after_earlier(PDL)
     mine = tl.load(bits + row * x_stride + column, mask=inside, other=0)
     before = tl.load(residual + row * residual_stride + column, mask=inside, other=0.0).to(tl.float32)
-    scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     kind = total.dtype.element_ty
     summed = _exchanged(
         mine, column, inside, row, box, addresses, turns, turn_stride, place_stride, cell_stride, kind, EMPTY, PLACE, WORLD, GLANCE
@@ -186,11 +192,13 @@ def _bests(
     WORLD: tl.constexpr,
     GLANCE: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     cell = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     at = cell * BLOCK + column
     inside = at < num
+    after_earlier(PDL)
     value = tl.load(values + at * value_stride, mask=inside, other=0.0)
     bits = tl.where(value == 0, 0.0, value).to(tl.int32, bitcast=True)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
