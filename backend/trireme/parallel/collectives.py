@@ -115,11 +115,15 @@ class Collectives:
             self._groups = {other: each for other, each in self._groups.items() if other != span}
             group.close()
 
+    def give_up(self) -> None:
+        """The epoch is over: no kernel need wait any longer for other ranks' memory. What is computed from now on is nothing."""
+        for peers in self._peers.values():
+            peers.give_up()
+
     def leave(self) -> None:
         """Drop the epoch's groups, which frees ranks that wait in them."""
+        self.give_up()
         groups, self._groups, peers, self._peers = self._groups, {}, self._peers, {}
-        for each in peers.values():
-            each.give_up()
         for group in groups.values():
             group.close()
         if peers:
