@@ -43,6 +43,10 @@ def rank(name: str, size: int, boxes: Laid, found: Any) -> None:
         else:
             _, total = op.sum_norm(mine, residual, torch.ones(HIDDEN), 1e-5, boxes)
             off = max(off, (total - (summed + residual)).abs().max().item())
+        values = parts[:, 0, :7].round()  # of which some are equal
+        ids = torch.arange(values.numel()).view(7, size).T
+        highest, best = op.best(values[boxes.place], ids[boxes.place].contiguous(), boxes)
+        off += (highest - values.amax(0)).abs().sum().item() + (best - ids[values.argmax(0), torch.arange(7)]).abs().sum().item()
     found.put(off)
     found.join()  # others map memory of this process until they are done
 

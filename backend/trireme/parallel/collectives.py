@@ -36,6 +36,18 @@ class Along:
         peers = self._owner.peers(self._span)
         return peers if peers is not None and peers.take(x) else None
 
+    def best(self, values: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """values float32 [n], ids int64 [n] from 0 to 2**31 - 1 -> the highest of each row over the ranks and its id, of equals the
+        lowest."""
+        if self.size == 1 or not len(values):
+            return values, ids
+        if (peers := self._owner.peers(self._span)) is not None:
+            return peers.best(values, ids)
+        mine = torch.stack([values.view(torch.int32), ids.to(torch.int32)], dim=1)  # one message
+        values, ids = self._group.all_gather(mine, [len(mine)] * self.size).view(self.size, *mine.shape).unbind(2)
+        highest = values.view(torch.float32).amax(dim=0)
+        return highest, ids.masked_fill(values.view(torch.float32) < highest, torch.iinfo(torch.int32).max).amin(dim=0).long()
+
     def all_gather(self, x: torch.Tensor, counts: list[int]) -> torch.Tensor:
         """[counts[place], ...] -> [sum of counts, ...], in the order of places."""
         return x if self.size == 1 else self._group.all_gather(x, counts)
@@ -103,11 +115,15 @@ class Collectives:
             self._groups = {other: each for other, each in self._groups.items() if other != span}
             group.close()
 
+    def give_up(self) -> None:
+        """The epoch is over: no kernel need wait any longer for other ranks' memory. What is computed from now on is nothing."""
+        for peers in self._peers.values():
+            peers.give_up()
+
     def leave(self) -> None:
         """Drop the epoch's groups, which frees ranks that wait in them."""
+        self.give_up()
         groups, self._groups, peers, self._peers = self._groups, {}, self._peers, {}
-        for each in peers.values():
-            each.give_up()
         for group in groups.values():
             group.close()
         if peers:

@@ -97,7 +97,7 @@ def form_link(
             log.info("sums of %s by NCCL alone: %s", name, peers)
             return None
         log.info("sums of %s: %s", name, find_most(peers, group, device, tell, limit_s, give_up))
-        return peers
+        return peers if peers.most else None
 
     def form() -> tuple[dict[Span, Group], dict[Span, Peers], Link]:
         """Every rank forms its groups in this order, and then its pairs, so none waits in a circle."""

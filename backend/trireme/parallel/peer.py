@@ -3,7 +3,6 @@ NCCL. How they meet in it, how far it is faster, and how it ends; the kernel is 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -11,7 +10,7 @@ from typing import Any, Protocol
 import msgspec
 import torch
 
-from trireme.parallel.comm import Group, LinkLost
+from trireme.parallel.comm import Group, LinkLost, reach
 
 _NUM_CELLS = 256  # rows of the largest sum
 _SIZES = (1, 4, 16, 64, 128, 256)  # rows at which both ways are timed
@@ -31,6 +30,8 @@ class PeerSum(Protocol):
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, boxes: Any
     ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
+    def best(self, values: torch.Tensor, ids: torch.Tensor, boxes: Any) -> tuple[torch.Tensor, torch.Tensor]: ...
+
 
 @dataclass(frozen=True)
 class Boxes:
@@ -44,7 +45,8 @@ class Boxes:
 
 
 class Peers:
-    """The group's sums of up to `most` numbers. Calls are put on the current stream, and may be captured."""
+    """The group's sums of up to `most` numbers, and the best of what its ranks found. Calls are put on the current stream, and may be
+    captured."""
 
     def __init__(self, boxes: Boxes, op: PeerSum, dtype: torch.dtype, hidden: int):
         self._boxes, self._op, self.dtype, self.hidden = boxes, op, dtype, hidden
@@ -61,6 +63,10 @@ class Peers:
     def sum_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
         """x, residual [T, hidden] -> (normed, residual + x summed over the ranks)."""
         return self._op.sum_norm(x, residual, weight, eps, self._boxes)
+
+    def best(self, values: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """values float32 [n], ids int64 [n] of tokens -> the highest of each row over the ranks and its id, of equals the lowest."""
+        return self._op.best(values, ids, self._boxes)
 
     def give_up(self) -> None:
         """Kernels that wait for another rank end, within a millisecond, and so do all that come: a kernel cannot be cancelled.
@@ -95,8 +101,8 @@ def meet_peers(
 
 
 def find_most(peers: Peers, group: Group, device: torch.device, exchange: Exchange, limit_s: float, give_up: Callable[[], bool]) -> str:
-    """Set `most` where the group's own sums begin to be as fast, as place 0 measures it. What was found, in words. Every member
-    makes the same calls; LinkLost where others do not come, within the time or before `give_up`."""
+    """Set `most` by where the group's own sums begin to be as fast, as place 0 measures it; 0 where they always are. What was found,
+    in words. Every member makes the same calls; LinkLost where others do not come, within the time or before `give_up`."""
     ways = {"peers": peers.sum, "NCCL": group.all_reduce}
     found: dict[str, list[float]] = {way: [] for way in ways}
     with torch.cuda.device(device):
@@ -111,29 +117,19 @@ def find_most(peers: Peers, group: Group, device: torch.device, exchange: Exchan
                 for _ in range(_NUM_TIMED):
                     call(x)
                 end.record()
-                if not _comes(end, limit_s, give_up):
+                try:
+                    reach(end, limit_s, give_up)
+                except LinkLost:
                     peers.give_up()
                     group.close()
-                    raise LinkLost("others left while sums were timed")
+                    raise
                 found[way].append(1e3 * begin.elapsed_time(end) / _NUM_TIMED)
-    rows = 0
-    for num_rows, own, other in zip(_SIZES, found["peers"], found["NCCL"], strict=True):
-        if own >= other:
-            break
-        rows = num_rows
+    faster = [num_rows for num_rows, own, other in zip(_SIZES, found["peers"], found["NCCL"], strict=True) if own < other]
+    rows = max(faster, default=0)
     rows = int(exchange("rows", str(rows).encode())[0])
     peers.most = rows * peers.hidden
     took = ", ".join(f"{way} {' '.join(f'{us:.1f}' for us in times)}" for way, times in found.items())
     return f"up to {rows} rows by peers (us of {' '.join(map(str, _SIZES))} rows: {took})"
-
-
-def _comes(event: torch.cuda.Event, limit_s: float, give_up: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + limit_s
-    while not event.query():
-        if give_up() or time.monotonic() > deadline:
-            return False
-        time.sleep(0.0002)
-    return True
 
 
 def _offer(box: torch.Tensor, device: torch.device, others: Sequence[int]) -> dict[str, Any]:

@@ -41,16 +41,17 @@ class CutLogits:
 
     def argmax(self) -> Tensor:
         """The highest token of each row, int64 [n]; of equals the lowest, as torch.argmax has it."""
-        values, columns = self.local.max(dim=-1, keepdim=True)
-        return self.best(values, columns + self.first, 1)[1][:, 0]
+        values, columns = self.local.max(dim=-1)
+        return self.best(values, columns + self.first)
+
+    def best(self, scores: Tensor, ids: Tensor) -> Tensor:
+        """Of what each rank found best, float32 [n] and int64 [n], the tokens of the highest scores, of equals the lowest: int64 [n]."""
+        return self.along.best(scores, ids)[1]
 
     def topk(self, k: int) -> tuple[Tensor, Tensor]:
         """The k highest of each row, highest first and of equals the lower token: (values [n, k], ids int64 [n, k])."""
         values, columns = highest(self.local, min(k, self.width))
-        return self.best(values, columns + self.first, k)
-
-    def best(self, values: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k best of every rank's candidates, each rank's [n, c] sorted as topk sorts: (values [n, k], ids int64 [n, k])."""
+        ids = columns + self.first
         if self.along.size == 1:
             return values, ids
         num = values.shape[1]
@@ -58,6 +59,11 @@ class CutLogits:
         values, ids = (self._beside(part) for part in (together[..., :num], together[..., num:]))
         values, order = values.view(torch.float32).sort(dim=-1, descending=True, stable=True)  # places have rising ids
         return values[:, :k], ids.gather(1, order[:, :k]).long()
+
+    def highest(self, k: int) -> Tensor:
+        """The k highest of each row, highest first: [n, k]. Asks nothing of ids, so equals need no order."""
+        values = self.local.topk(min(k, self.width), dim=-1).values
+        return values if self.along.size == 1 else self._beside(self._everyone(values)).topk(k, dim=-1).values
 
     def full(self) -> Tensor:
         """Whole rows [n, vocab_size]; alone, `local` itself."""

@@ -105,6 +105,7 @@ class Runner:
 
     def leave(self) -> None:
         """Close and drop the link and the groups, and everything on its way over them: only then are the other ends freed."""
+        self.collectives.give_up()  # before anything that could wait for the device
         if self._graphs is not None and self._graphs_are_of_epochs:
             self._graphs.drop()  # first: the end of a group waits for the graphs that hold it
         if self._link is not None:

@@ -166,18 +166,23 @@ class Sampler:
 
     def _draw_cut(self, logits: CutLogits, wanted: _Wanted, changes: np.ndarray) -> torch.Tensor:
         """Tokens int64 [n], the same as of whole rows, by three ways: what no filter joins is drawn by each rank among its own
-        columns, and the best of the ranks' draws wins; the few that a small top_k leaves are drawn among the highest of all
-        ranks; only what is left is gathered whole."""
+        columns, and the best of the ranks' draws wins, also where a filter only says how likely a token must be; the few that a
+        small top_k leaves to top_p are drawn among the highest of all ranks; only what is left is gathered whole."""
         rows = wanted.rows
         filtered = (rows["temperature"] > 0) & ((rows["top_k"] > 0) | (rows["top_p"] < 1) | (rows["min_p"] > 0))
-        few = filtered & ~changes & (rows["top_k"] > 0) & (rows["top_k"] <= _FEW)
-        whole = changes | (filtered & ~few)
+        small = ~changes & (rows["top_k"] <= _FEW)
+        bounded = filtered & small & (rows["top_p"] >= 1)
+        few = filtered & small & ~bounded & (rows["top_k"] > 0)
+        whole = changes | (filtered & ~few & ~bounded)
         tokens = torch.empty(len(rows), dtype=torch.int64, device=self._device)
         if len(which := np.flatnonzero(~few & ~whole)):
-            there = self._there(which)
-            part = logits.select(there)
-            drawn, scores = self._draw(part.local, wanted.pick(which), part.ids)
-            tokens[there] = part.best(scores[:, None], drawn[:, None], 1)[1][:, 0]
+            there = self._there(which) if len(which) < len(rows) else slice(None)  # of which no copy is made
+            part, picked = logits.select(there), wanted.pick(which)
+            local = part.local
+            if bounded.any():
+                local, picked = self._bounded(part, picked)
+            drawn, scores = self._draw(local, picked, part.ids)
+            tokens[there] = part.best(scores, drawn)
         if len(which := np.flatnonzero(few)):
             there = self._there(which)
             tokens[there], settled = self._draw_few(logits.select(there), wanted.pick(which))
@@ -186,6 +191,22 @@ class Sampler:
             there = self._there(which)
             tokens[there] = self._draw_whole(logits.select(there).full(), wanted.pick(which))
         return tokens
+
+    def _bounded(self, logits: CutLogits, wanted: _Wanted) -> tuple[torch.Tensor, _Wanted]:
+        """(this rank's columns, -inf where top_k or min_p drop them; what is wanted, without these): both keep what is not below a
+        number, which the highest of all ranks tell, however many tie with it."""
+        rows = wanted.rows.copy()
+        top_k = np.where(rows["temperature"] > 0, np.minimum(rows["top_k"], logits.vocab_size), 0)
+        min_p = np.where(rows["temperature"] > 0, rows["min_p"], 0).astype(np.float32)
+        heat = np.where(rows["temperature"] > 0, rows["temperature"], 1).astype(np.float32)
+        values = logits.highest(max(1, int(top_k.max())))
+        heat, last, all_, share = upload([heat, np.maximum(top_k - 1, 0), top_k == 0, min_p], self._device)
+        scaled = values / heat[:, None]  # in the same order
+        kth = scaled.gather(1, last[:, None])[:, 0].masked_fill(all_, -torch.inf)
+        least = torch.maximum(kth, scaled[:, 0] + share.log())
+        rows["top_k"], rows["min_p"] = 0, 0
+        dropped = logits.local / heat[:, None] < least[:, None]
+        return logits.local.masked_fill(dropped, -torch.inf), wanted._replace(rows=rows)
 
     def _draw_few(self, logits: CutLogits, wanted: _Wanted) -> tuple[torch.Tensor, np.ndarray]:
         """(tokens int64 [n], bool [n]: whether that token is sure). What ties with the last of top_k survives it, so a row is

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trireme_kernels.case import Case, Work
-from trireme_kernels.peer_sum.op import PeerSum, bits_of, empty_of
+from trireme_kernels.peer_sum.op import PeerSum, bits_of, empty_of, keys_of
 
 _NUM_CELLS = 8
 
@@ -56,26 +56,34 @@ def inputs(case: Case, seed: int) -> tuple[Tensor, Tensor, Tensor, float, int]:
 
 
 def results(op: PeerSum, inputs: tuple) -> tuple[Tensor, ...]:
-    """All that the op computes, and what it leaves in the boxes, after calls of both kinds and of many rows and few."""
+    """All that the op computes, and what it leaves in the boxes, after calls of all kinds and of many rows and few."""
     parts, residual, weight, eps, place = inputs
     boxes = lay(len(parts), place, parts.shape[-1], parts.dtype, parts.device.type)
     found = []
     for rows in (len(residual), 1, len(residual)):
-        _write(boxes, parts[:, :rows])
+        _write(boxes, _bits(parts[:, :rows]))
         found += op.sum_norm(parts[place, :rows], residual[:rows], weight, eps, boxes)
-        _write(boxes, parts[:, :rows].flatten(1).unflatten(1, (-1, 1))[:, :1])
-        found.append(op.sum(parts[place, :rows].flatten()[:1].clone(), boxes))
+        _write(boxes, _bits(parts[:, :1, :1]))
+        found.append(op.sum(parts[place, 0, :1].clone(), boxes))
+        values = parts[:, 0, :9].float().round()  # of which some are equal
+        ids = torch.arange(values.numel(), device=values.device).view(values.shape).flip(0)
+        _write(boxes, keys_of(values, ids)[:, None])
+        found += op.best(values[place], ids[place], boxes)
     return *found, boxes.turns, *(box.int() for box in boxes.every)
+
+
+def _bits(parts: Tensor) -> Tensor:
+    bits = parts.contiguous().view(bits_of(parts.dtype))
+    return bits.masked_fill(bits == empty_of(bits.dtype), 0)
 
 
 def _write(boxes: Laid, parts: Tensor) -> None:
     """As the others would, for the next call, [W, cells, n]: they come to it with as many calls behind them."""
-    bits, num = parts.contiguous().view(boxes.every[0].dtype), parts.shape[-1]
-    bits = bits.masked_fill(bits == empty_of(bits.dtype), 0)
+    box, num = boxes.every[boxes.place].view(parts.dtype), parts.shape[-1]
     for cell, turn in enumerate((boxes.turns[: parts.shape[1]] % 2).tolist()):
         for place in range(len(parts)):
             if place != boxes.place:
-                boxes.every[boxes.place][turn, place, cell, :num] = bits[place, cell]
+                box[turn, place, cell, :num] = parts[place, cell]
 
 
 def timed(op: PeerSum, inputs: tuple) -> Callable[[], Any]:

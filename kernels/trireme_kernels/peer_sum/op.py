@@ -59,6 +59,11 @@ class PeerSum(Protocol):
         The sum is rounded once, to x's dtype, and the norm reads the rounded one, as add_rms_norm's does."""
         ...
 
+    def best(self, values: Tensor, ids: Tensor, boxes: Boxes) -> tuple[Tensor, Tensor]:
+        """values float32 [n], ids int64 [n] from 0 to 2**31 - 1, n <= cells * C / 4 -> the highest value of each row over the ranks
+        and its id, of equals the lowest: both new."""
+        ...
+
 
 def bits_of(dtype: torch.dtype) -> torch.dtype:
     """Whole numbers as wide."""
@@ -68,3 +73,17 @@ def bits_of(dtype: torch.dtype) -> torch.dtype:
 def empty_of(bits: torch.dtype) -> int:
     """EMPTY: the bits of -0.0, for which ranks write 0.0."""
     return torch.iinfo(bits).min
+
+
+def empty_key_of(bits: torch.dtype) -> int:
+    """EMPTY where a box of such bits is read as int64, as `best` does."""
+    one = empty_of(bits).to_bytes(bits.itemsize, "little", signed=True)
+    return int.from_bytes(one * (8 // bits.itemsize), "little", signed=True)
+
+
+def keys_of(values: Tensor, ids: Tensor) -> Tensor:
+    """int64 [n] in the order in which `best` prefers: above, a float's bits as a whole number in the same order; below, ids from
+    the last to the first. Bit 31 is 0, as it is not in EMPTY."""
+    bits = (values + 0.0).view(torch.int32)  # -0.0 is 0.0
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (ordered.long() << 32) | (0x7FFFFFFF - ids)

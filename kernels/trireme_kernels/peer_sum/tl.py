@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from trireme_kernels.case import Case
-from trireme_kernels.peer_sum.op import Boxes, PeerSum, bits_of, empty_of
+from trireme_kernels.pdl import after_earlier, early
+from trireme_kernels.peer_sum.op import Boxes, PeerSum, empty_key_of, empty_of
 
 _GLANCE = 256  # looks into the box between looks at `given_up`, which lies in the host's memory
 
@@ -32,7 +33,10 @@ class InOneKernel:
         num = x.numel()
         block = min(cell, triton.next_power_of_2(num))
         if num:
-            _sums[(triton.cdiv(num, block),)](x.view(bits_of(x.dtype)), x, num, *_of(boxes), **_fixed(boxes, block))
+            box = boxes.every[boxes.place]
+            _sums[(triton.cdiv(num, block),)](
+                x.view(box.dtype), x, num, *_of(boxes, box), EMPTY=empty_of(box.dtype), **_fixed(boxes, block, box)
+            )
         return x
 
     def sum_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, boxes: Boxes) -> tuple[Tensor, Tensor]:
@@ -40,8 +44,9 @@ class InOneKernel:
         normed = torch.empty_like(x, memory_format=torch.contiguous_format)
         total = torch.empty_like(normed)
         if num_rows:
+            box = boxes.every[boxes.place]
             _rows[(num_rows,)](
-                x.view(bits_of(x.dtype)),
+                x.view(box.dtype),
                 residual,
                 weight,
                 normed,
@@ -50,26 +55,46 @@ class InOneKernel:
                 residual.stride(0),
                 hidden,
                 eps,
-                *_of(boxes),
-                **_fixed(boxes, triton.next_power_of_2(hidden)),
+                *_of(boxes, box),
+                EMPTY=empty_of(box.dtype),
+                **_fixed(boxes, triton.next_power_of_2(hidden), box),
             )
         return normed, total
 
+    def best(self, values: Tensor, ids: Tensor, boxes: Boxes) -> tuple[Tensor, Tensor]:
+        [num] = values.shape
+        highest, where = torch.empty_like(values), torch.empty_like(ids)
+        if num:
+            bits = boxes.every[boxes.place]
+            box = bits.view(torch.int64)
+            block = min(box.shape[-1], triton.next_power_of_2(num))
+            _bests[(triton.cdiv(num, block),)](
+                values,
+                ids,
+                highest,
+                where,
+                values.stride(0),
+                ids.stride(0),
+                num,
+                *_of(boxes, box),
+                EMPTY=empty_key_of(bits.dtype),
+                **_fixed(boxes, block, box),
+            )
+        return highest, where
 
-def _of(boxes: Boxes) -> tuple[Any, ...]:
-    box = boxes.every[boxes.place]
+
+def _of(boxes: Boxes, box: Tensor) -> tuple[Any, ...]:
     return box, boxes.addresses, boxes.turns, box.stride(0), box.stride(1), box.stride(2)
 
 
-def _fixed(boxes: Boxes, block: int) -> dict[str, int]:
-    box = boxes.every[boxes.place]
+def _fixed(boxes: Boxes, block: int, box: Tensor) -> dict[str, int]:
     return {
-        "EMPTY": empty_of(box.dtype),
         "PLACE": boxes.place,
         "WORLD": len(boxes.every),
         "GLANCE": _GLANCE,
         "BLOCK": block,
         "num_warps": max(1, min(16, block * box.itemsize // 512)),  # 16 bytes a thread
+        **early(box),
     }
 
 
@@ -89,11 +114,13 @@ def _sums(
     WORLD: tl.constexpr,
     GLANCE: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     cell = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     at = cell * BLOCK + column
     inside = at < num
+    after_earlier(PDL)
     mine = tl.load(bits + at, mask=inside, other=0)
     kind = x.dtype.element_ty
     summed = _exchanged(
@@ -124,13 +151,15 @@ def _rows(
     WORLD: tl.constexpr,
     GLANCE: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     row = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     inside = column < hidden
+    scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    after_earlier(PDL)
     mine = tl.load(bits + row * x_stride + column, mask=inside, other=0)
     before = tl.load(residual + row * residual_stride + column, mask=inside, other=0.0).to(tl.float32)
-    scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     kind = total.dtype.element_ty
     summed = _exchanged(
         mine, column, inside, row, box, addresses, turns, turn_stride, place_stride, cell_stride, kind, EMPTY, PLACE, WORLD, GLANCE
@@ -141,6 +170,45 @@ def _rows(
     unscaled = value * tl.rsqrt(tl.sum(value * value, axis=0) / hidden + eps)
     unscaled = unscaled.to(weight.dtype.element_ty).to(tl.float32)
     tl.store(normed + row * hidden + column, (unscaled * scale).to(kind), mask=inside)
+
+
+@triton.jit
+def _bests(
+    values,
+    ids,
+    highest,
+    where,
+    value_stride,
+    id_stride,
+    num,
+    box,
+    addresses,
+    turns,
+    turn_stride,
+    place_stride,
+    cell_stride,
+    EMPTY: tl.constexpr,
+    PLACE: tl.constexpr,
+    WORLD: tl.constexpr,
+    GLANCE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    cell = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    at = cell * BLOCK + column
+    inside = at < num
+    after_earlier(PDL)
+    value = tl.load(values + at * value_stride, mask=inside, other=0.0)
+    bits = tl.where(value == 0, 0.0, value).to(tl.int32, bitcast=True)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    mine = (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - tl.load(ids + at * id_stride, mask=inside, other=0))
+    best = _exchanged(
+        mine, column, inside, cell, box, addresses, turns, turn_stride, place_stride, cell_stride, None, EMPTY, PLACE, WORLD, GLANCE
+    )
+    ordered = (best >> 32).to(tl.int32)
+    tl.store(highest + at, (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True), mask=inside)
+    tl.store(where + at, 0x7FFFFFFF - (best & 0x7FFFFFFF), mask=inside)
 
 
 @triton.jit
@@ -161,7 +229,7 @@ def _exchanged(
     WORLD: tl.constexpr,
     GLANCE: tl.constexpr,
 ):
-    """The sums of this cell over the ranks, float32 [BLOCK]."""
+    """Of what all ranks bring to this cell: the sums, float32 [BLOCK], of bits of `kind`; without a kind the highest."""
     num_calls = tl.load(turns + cell)
     at = (num_calls & 1) * turn_stride + cell * cell_stride
     mine = tl.where(mine == EMPTY, tl.zeros_like(mine), mine)
@@ -171,7 +239,7 @@ def _exchanged(
             there = tl.multiple_of(there, 16)
             tl.store(there + at + PLACE * place_stride + column, mine, mask=inside)
     given_up = tl.load(addresses + WORLD).to(tl.pointer_type(tl.int32))
-    summed = tl.zeros(mine.shape, tl.float32)
+    found = mine if kind is None else tl.zeros(mine.shape, tl.float32)
     for place in tl.static_range(WORLD):
         part = mine
         if place != PLACE:
@@ -187,6 +255,9 @@ def _exchanged(
                     missing = tl.where(tl.load(given_up, volatile=True) != 0, 0, missing)
             # every thread has what it read: the maximum was made of all of it
             tl.store(here, tl.full(mine.shape, EMPTY, mine.dtype), mask=inside)
-        summed += part.to(kind, bitcast=True).to(tl.float32)
+        if kind is None:
+            found = tl.maximum(found, part)
+        else:
+            found += part.to(kind, bitcast=True).to(tl.float32)
     tl.store(turns + cell, num_calls + 1)  # likewise: all threads know num_calls
-    return summed
+    return found
