@@ -151,8 +151,8 @@ class Graphs:
         self._counts_loads = decoder.build.plan.eplb and bool(decoder.mixtures)
         self._told = "not captured"
 
-    def __len__(self) -> int:
-        return len(self._all)
+    def __iter__(self) -> Iterator[Graph]:
+        return iter(self._all)
 
     def __str__(self) -> str:
         shapes = [graph.shape for graph in self._all]
@@ -216,12 +216,12 @@ class Graph:
         self.shape = shape
         self._decoder, self._caches, self._fill = decoder, caches, fill
         self._counts = np.full(items, width, np.int32)
-        self._deal = Deal(build.plan, build.rank, self._counts, regime, build.device)
+        self.deal = Deal(build.plan, build.rank, self._counts, regime, build.device)
         padding = np.array([[0], [0], [0], [scratch_page * PAGE], [0]])
         # int64 [5, rows]: tokens, slots, positions, pages; first of the last, how many
         self._padding = np.repeat(padding, shape.num_rows, axis=1)
         self._numbers = torch.from_numpy(self._padding.copy()).to(build.device)
-        num_edge_rows, hidden = decoder.num_edge_rows(self._deal), build.spec.hidden
+        num_edge_rows, hidden = decoder.num_edge_rows(self.deal), build.spec.hidden
         self._edge = None if build.first else torch.zeros(num_edge_rows, hidden, dtype=build.dtype, device=build.device)
         attends = decoder.capture_attention(shape.num_rows, max_pages)
         advances = decoder.capture_states(items, width)
@@ -240,11 +240,17 @@ class Graph:
     def compute(self) -> None:
         """The launches of a step, from buffers that stay where they are."""
         self._result = None  # logits are large
-        tokens, slots, positions, pages, num_rows = self._numbers
+        tokens, slots = self._numbers[:2]
+        batch = self.batch(self._fill(tokens, slots) if self._decoder.build.first else tokens)
+        self._result = self._decoder.forward(batch, self.deal, self._edge)
+
+    def batch(self, tokens: torch.Tensor) -> Batch:
+        """The step's rows with tokens [rows] that are not in its numbers."""
+        _, slots, positions, pages, num_rows = self._numbers
         none, width = np.zeros_like(self._counts), self.shape.width
         firsts = positions[::width]
-        batch = Batch(
-            tokens=self._fill(tokens, slots) if self._decoder.build.first else tokens,
+        return Batch(
+            tokens=tokens,
             positions=positions,
             pages=pages,
             attention={window: attend.run for window, attend in self._attends.items()},
@@ -261,7 +267,27 @@ class Graph:
             ),
             num_rows=num_rows[:1],
         )
-        self._result = self._decoder.forward(batch, self._deal, self._edge)
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """Of the step's rows, FED among them: int64 [rows]."""
+        return self._numbers[0]
+
+    @property
+    def normed(self) -> torch.Tensor:
+        """What the last stage's head read of every row, [rows, H]."""
+        assert self._result is not None and self._result.normed is not None
+        return self._result.normed
+
+    def places(self, rows: Rows) -> np.ndarray:
+        """Where a step's rows stand among the graph's: int64 [T]."""
+        return np.repeat(np.arange(len(rows.slots)) * self.shape.width - rows.firsts, rows.counts) + np.arange(len(rows.tokens))
+
+    def there(self, places: np.ndarray, num_items: int) -> slice | torch.Tensor:
+        """The same to index a tensor with."""
+        if len(places) == num_items * self.shape.width:
+            return slice(0, len(places))
+        return upload([places], self._numbers.device)[0]
 
     def capture(self, record: Record) -> None:
         self._recording = record(self.compute)
@@ -277,12 +303,9 @@ class Graph:
         """Rows that `find` gave this graph for; page_table int32 [I, P], of their items -> what the decoder's forward gives. It is
         overwritten by the next run."""
         assert self._recording is not None, "captured before"
-        width, device, num_items = self.shape.width, self._numbers.device, len(rows.slots)
-        places = np.repeat(np.arange(num_items) * width - rows.firsts, rows.counts) + np.arange(len(rows.tokens))
-        at: slice | torch.Tensor = slice(0, len(places))
-        if len(places) < num_items * width:
-            [at] = upload([places], device)
-        host = torch.empty(self._numbers.shape, dtype=torch.int64, pin_memory=device.type == "cuda")
+        width, num_items, places = self.shape.width, len(rows.slots), self.places(rows)
+        at = self.there(places, num_items)
+        host = torch.empty(self._numbers.shape, dtype=torch.int64, pin_memory=self._numbers.is_cuda)
         numbers = host.numpy()
         numbers[:] = self._padding
         numbers[:4, places] = rows.tokens, rows.owners, rows.positions, rows.pages
