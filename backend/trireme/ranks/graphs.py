@@ -24,12 +24,11 @@ from trireme.core.batch import Batch, Items
 from trireme.core.settings import Settings
 from trireme.core.step import PAGE, Regime
 from trireme.models.decoder import Computed, Decoder
-from trireme.parallel.comm import LinkLost
+from trireme.parallel.comm import reach
 from trireme.parallel.deal import Deal
+from trireme.ranks.regimes import decode_regimes
 from trireme.ranks.rows import Rows
 from trireme.ranks.staging import upload
-
-_GLANCE_S = 0.0005  # between looks whether the device is done
 
 Fill = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # tokens int64 [N], their slots int64 [N] -> tokens, none of them FED
 
@@ -75,8 +74,8 @@ def shapes(settings: Settings, decoder: Decoder) -> list[Shape]:
         sizes = buckets(most)
         for below, items in zip([0, *sizes], sizes, strict=False):
             rows = range(below + width, items * width + 1)  # one sequence of width rows, others of one; all of width
-            named = dict.fromkeys(Regime.of([each], settings.sp_from, 1) for each in rows)
-            found += [Shape(items, width, regime) for regime in named if decoder.has_whole_edges(regime)]
+            regimes = [regime for regime in decode_regimes(settings, rows) if decoder.has_whole_edges(regime)]
+            found += [Shape(items, width, regime) for regime in regimes]
     return sorted(found, key=lambda shape: shape.num_rows, reverse=True)
 
 
@@ -107,7 +106,9 @@ class Recorder:
     def __call__(self, compute: Callable[[], None]) -> Recording:
         """LinkLost where another rank does not come."""
         compute()  # what is compiled, chosen or connected at its first use cannot be captured
-        self._wait()
+        done = torch.cuda.Event()
+        done.record()
+        reach(done, self._limit_s, self._give_up)  # a synchronize nobody could end
         graph = torch.cuda.CUDAGraph()
         try:
             # only this thread's calls are looked at: NCCL's watchdogs ask for events meanwhile
@@ -117,17 +118,6 @@ class Recorder:
             graph.reset()
             raise
         return graph
-
-    def _wait(self) -> None:
-        """As torch.cuda.synchronize, which nobody could end."""
-        done, deadline = torch.cuda.Event(), time.monotonic() + self._limit_s
-        done.record()
-        while not done.query():
-            if self._give_up():
-                raise LinkLost("the epoch was given up while graphs were captured")
-            if time.monotonic() > deadline:
-                raise LinkLost(f"another rank did not come within {self._limit_s:g} s while graphs were captured")
-            time.sleep(_GLANCE_S)
 
 
 class Graphs:
@@ -310,7 +300,7 @@ class Graph:
         numbers[:] = self._padding
         numbers[:4, places] = rows.tokens, rows.owners, rows.positions, rows.pages
         numbers[1, : num_items * width : width] = rows.slots
-        numbers[4, 0] = len(places)
+        numbers[4, 0] = places[-1] + 1  # padding amid the rows is computed like them
         self._numbers.copy_(host, non_blocking=True)
         ends = np.ones(num_items * width, np.int32)
         ends[places] = rows.positions + 1
