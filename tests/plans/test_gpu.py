@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from drafted import draft_well
 from plans.test_plans import NUM_TOKENS, PROMPTS
 from plans.whole import emissions_of, tokens_of
 from tiny import FAMILIES, HYBRID_FAMILIES, MOE_FAMILIES, greedy_tokens, prompt_logits, tiny_checkpoint
@@ -64,6 +65,21 @@ def test_settings_change_nothing(pool, checkpoints, values):
     with offline.running(settings(checkpoints["qwen3"], **values), pool) as engine:
         assert tokens_of(engine, greedy(PROMPTS)) == greedy_tokens(checkpoints["qwen3"], PROMPTS, NUM_TOKENS)
         assert (engine.stats.preemptions > 0) == ("num_pages" in values)
+
+
+@pytest.fixture(scope="module")
+def drafting(tmp_path_factory) -> Path:
+    """A checkpoint whose head is often right."""
+    return draft_well(tiny_checkpoint(tmp_path_factory.mktemp("drafting"), "qwen3_5_moe", num_hidden_layers=4), sureness=0.9)
+
+
+@pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])
+@pytest.mark.parametrize("num_drafts", [1, 2, 3])
+def test_drafts_change_no_token(pool, drafting, num_drafts, eager):
+    values = {"mtp": {"num_tokens": num_drafts, "adaptive": num_drafts == 2}, "enforce_eager": eager}
+    with offline.running(settings(drafting, **values), pool) as engine:
+        assert tokens_of(engine, greedy(PROMPTS)) == greedy_tokens(drafting, PROMPTS, NUM_TOKENS)
+        assert 0 < engine.stats.accepted_tokens < engine.stats.drafted_tokens
 
 
 def test_drawn_tokens_penalties_and_logprobs_are_those_of_a_cpu(pool, checkpoints):

@@ -13,7 +13,7 @@ from trireme.core.settings import make_settings
 from trireme.core.step import Regime
 from trireme.ranks import runner
 from trireme.ranks.load import load_runner
-from trireme.ranks.regimes import first_for_good, largest_steps
+from trireme.ranks.regimes import decode_regimes, first_for_good, largest_steps
 from trireme_tools.settings_options import settings_of_words
 
 
@@ -86,3 +86,19 @@ def test_a_rank_passes_the_largest_step_of_every_regime_alone(tmp_path, monkeypa
         cp = (False, True) if settings.context_parallel_size > 1 else (False,)
         assert set(passed) == {Regime(sp, each) for sp in (False, True) for each in cp}
         passed.clear()
+
+
+@pytest.mark.parametrize(
+    ("sp", "rows", "found"),
+    [
+        ("off", range(1, 9000), [False]),
+        (16, range(1, 16), [False]),
+        (16, range(9, 17), [False, True]),
+        (16, range(16, 25), [True]),
+        ("on", range(1, 64), [False]),  # what GPUs measure is from 64 rows on
+        ("on", range(49, 65), [False, True]),
+    ],
+)
+def test_decodes_have_every_regime_that_may_be_asked_for(sp, rows, found):
+    settings = make_settings({"model": "m", "tensor_parallel_size": 2, "sequence_parallel": sp})
+    assert decode_regimes(settings, rows) == [Regime(sp=on) for on in found]

@@ -105,10 +105,10 @@ class Drafter:
         """int64 [I, num_drafts], from the head's rows that stand [I, H]. Its rows are few: no rank has a part of them."""
         items = np.flatnonzero(rows.samples)
         slots, ends = rows.slots[items], rows.ends[items]
-        table = self._spare_table(slots, ends)
+        table = self.spare_table(slots, ends)
         [pages] = upload([table.astype(np.int64)], self._device)
         deal = Deal(self._build.plan, self._build.rank, np.ones(len(items), np.int32), Regime(), self._device)
-        drafts = [self._best(passed)]
+        drafts = [self.best(passed)]
         for ahead in range(1, num_drafts):
             at = standing.positions + ahead
             batch = Batch(
@@ -121,10 +121,10 @@ class Drafter:
                 head_rows=at[:0],
             )
             passed = self._head(passed, batch, deal)
-            drafts.append(self._best(passed))
+            drafts.append(self.best(passed))
         return torch.stack(drafts, dim=1)
 
-    def _spare_table(self, slots: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    def spare_table(self, slots: np.ndarray, ends: np.ndarray) -> np.ndarray:
         """Page tables int32 [I, P] of items that end at `ends`, each with its slot's spare page behind its last one."""
         num_pages = -(-ends // PAGE)
         table = np.zeros((len(slots), int(num_pages.max()) + 1), np.int32)
@@ -139,7 +139,8 @@ class Drafter:
             return planned
         return {window: partial(_attend_as_the_standing, attend, standing) for window, attend in planned.items()}
 
-    def _best(self, rows: torch.Tensor) -> torch.Tensor:
+    def best(self, rows: torch.Tensor) -> torch.Tensor:
+        """Of the head's rows [R, H] the highest tokens, int64 [R]."""
         return CutLogits(self._head.logits(rows), self._build.spec.vocab_size, self._along).argmax()
 
 

@@ -24,12 +24,11 @@ from trireme.core.batch import Batch, Items
 from trireme.core.settings import Settings
 from trireme.core.step import PAGE, Regime
 from trireme.models.decoder import Computed, Decoder
-from trireme.parallel.comm import LinkLost
+from trireme.parallel.comm import reach
 from trireme.parallel.deal import Deal
+from trireme.ranks.regimes import decode_regimes
 from trireme.ranks.rows import Rows
 from trireme.ranks.staging import upload
-
-_GLANCE_S = 0.0005  # between looks whether the device is done
 
 Fill = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # tokens int64 [N], their slots int64 [N] -> tokens, none of them FED
 
@@ -75,8 +74,8 @@ def shapes(settings: Settings, decoder: Decoder) -> list[Shape]:
         sizes = buckets(most)
         for below, items in zip([0, *sizes], sizes, strict=False):
             rows = range(below + width, items * width + 1)  # one sequence of width rows, others of one; all of width
-            named = dict.fromkeys(Regime.of([each], settings.sp_from, 1) for each in rows)
-            found += [Shape(items, width, regime) for regime in named if decoder.has_whole_edges(regime)]
+            regimes = [regime for regime in decode_regimes(settings, rows) if decoder.has_whole_edges(regime)]
+            found += [Shape(items, width, regime) for regime in regimes]
     return sorted(found, key=lambda shape: shape.num_rows, reverse=True)
 
 
@@ -107,7 +106,9 @@ class Recorder:
     def __call__(self, compute: Callable[[], None]) -> Recording:
         """LinkLost where another rank does not come."""
         compute()  # what is compiled, chosen or connected at its first use cannot be captured
-        self._wait()
+        done = torch.cuda.Event()
+        done.record()
+        reach(done, self._limit_s, self._give_up)  # a synchronize nobody could end
         graph = torch.cuda.CUDAGraph()
         try:
             # only this thread's calls are looked at: NCCL's watchdogs ask for events meanwhile
@@ -117,17 +118,6 @@ class Recorder:
             graph.reset()
             raise
         return graph
-
-    def _wait(self) -> None:
-        """As torch.cuda.synchronize, which nobody could end."""
-        done, deadline = torch.cuda.Event(), time.monotonic() + self._limit_s
-        done.record()
-        while not done.query():
-            if self._give_up():
-                raise LinkLost("the epoch was given up while graphs were captured")
-            if time.monotonic() > deadline:
-                raise LinkLost(f"another rank did not come within {self._limit_s:g} s while graphs were captured")
-            time.sleep(_GLANCE_S)
 
 
 class Graphs:
@@ -151,8 +141,8 @@ class Graphs:
         self._counts_loads = decoder.build.plan.eplb and bool(decoder.mixtures)
         self._told = "not captured"
 
-    def __len__(self) -> int:
-        return len(self._all)
+    def __iter__(self) -> Iterator[Graph]:
+        return iter(self._all)
 
     def __str__(self) -> str:
         shapes = [graph.shape for graph in self._all]
@@ -216,12 +206,12 @@ class Graph:
         self.shape = shape
         self._decoder, self._caches, self._fill = decoder, caches, fill
         self._counts = np.full(items, width, np.int32)
-        self._deal = Deal(build.plan, build.rank, self._counts, regime, build.device)
+        self.deal = Deal(build.plan, build.rank, self._counts, regime, build.device)
         padding = np.array([[0], [0], [0], [scratch_page * PAGE], [0]])
         # int64 [5, rows]: tokens, slots, positions, pages; first of the last, how many
         self._padding = np.repeat(padding, shape.num_rows, axis=1)
         self._numbers = torch.from_numpy(self._padding.copy()).to(build.device)
-        num_edge_rows, hidden = decoder.num_edge_rows(self._deal), build.spec.hidden
+        num_edge_rows, hidden = decoder.num_edge_rows(self.deal), build.spec.hidden
         self._edge = None if build.first else torch.zeros(num_edge_rows, hidden, dtype=build.dtype, device=build.device)
         attends = decoder.capture_attention(shape.num_rows, max_pages)
         advances = decoder.capture_states(items, width)
@@ -240,11 +230,17 @@ class Graph:
     def compute(self) -> None:
         """The launches of a step, from buffers that stay where they are."""
         self._result = None  # logits are large
-        tokens, slots, positions, pages, num_rows = self._numbers
+        tokens, slots = self._numbers[:2]
+        batch = self.batch(self._fill(tokens, slots) if self._decoder.build.first else tokens)
+        self._result = self._decoder.forward(batch, self.deal, self._edge)
+
+    def batch(self, tokens: torch.Tensor) -> Batch:
+        """The step's rows with tokens [rows] that are not in its numbers."""
+        _, slots, positions, pages, num_rows = self._numbers
         none, width = np.zeros_like(self._counts), self.shape.width
         firsts = positions[::width]
-        batch = Batch(
-            tokens=self._fill(tokens, slots) if self._decoder.build.first else tokens,
+        return Batch(
+            tokens=tokens,
             positions=positions,
             pages=pages,
             attention={window: attend.run for window, attend in self._attends.items()},
@@ -261,7 +257,27 @@ class Graph:
             ),
             num_rows=num_rows[:1],
         )
-        self._result = self._decoder.forward(batch, self._deal, self._edge)
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """Of the step's rows, FED among them: int64 [rows]."""
+        return self._numbers[0]
+
+    @property
+    def normed(self) -> torch.Tensor:
+        """What the last stage's head read of every row, [rows, H]."""
+        assert self._result is not None and self._result.normed is not None
+        return self._result.normed
+
+    def places(self, rows: Rows) -> np.ndarray:
+        """Where a step's rows stand among the graph's: int64 [T]."""
+        return np.repeat(np.arange(len(rows.slots)) * self.shape.width - rows.firsts, rows.counts) + np.arange(len(rows.tokens))
+
+    def there(self, places: np.ndarray, num_items: int) -> slice | torch.Tensor:
+        """The same to index a tensor with."""
+        if len(places) == num_items * self.shape.width:
+            return slice(0, len(places))
+        return upload([places], self._numbers.device)[0]
 
     def capture(self, record: Record) -> None:
         self._recording = record(self.compute)
@@ -277,17 +293,14 @@ class Graph:
         """Rows that `find` gave this graph for; page_table int32 [I, P], of their items -> what the decoder's forward gives. It is
         overwritten by the next run."""
         assert self._recording is not None, "captured before"
-        width, device, num_items = self.shape.width, self._numbers.device, len(rows.slots)
-        places = np.repeat(np.arange(num_items) * width - rows.firsts, rows.counts) + np.arange(len(rows.tokens))
-        at: slice | torch.Tensor = slice(0, len(places))
-        if len(places) < num_items * width:
-            [at] = upload([places], device)
-        host = torch.empty(self._numbers.shape, dtype=torch.int64, pin_memory=device.type == "cuda")
+        width, num_items, places = self.shape.width, len(rows.slots), self.places(rows)
+        at = self.there(places, num_items)
+        host = torch.empty(self._numbers.shape, dtype=torch.int64, pin_memory=self._numbers.is_cuda)
         numbers = host.numpy()
         numbers[:] = self._padding
         numbers[:4, places] = rows.tokens, rows.owners, rows.positions, rows.pages
         numbers[1, : num_items * width : width] = rows.slots
-        numbers[4, 0] = len(places)
+        numbers[4, 0] = places[-1] + 1  # padding amid the rows is computed like them
         self._numbers.copy_(host, non_blocking=True)
         ends = np.ones(num_items * width, np.int32)
         ends[places] = rows.positions + 1

@@ -37,6 +37,15 @@ def largest_steps(settings: Settings, regimes: Iterable[Regime], most_rows: int,
             yield spread(rows, min(settings.max_num_seqs, rows // least)), regime
 
 
+def decode_regimes(settings: Settings, rows: range) -> list[Regime]:
+    """Those that steps of decodes may have, of so many rows in all."""
+    if settings.sp_from is None:
+        return [Regime()]
+    measured = settings.sequence_parallel == "on"
+    first, last = (_MEASURED[0], _SP_AT_LATEST) if measured else (settings.sp_from,) * 2
+    return [*[Regime()] * (rows[0] < last), *[Regime(sp=True)] * (rows[-1] >= first)]
+
+
 def spread(num_rows: int, num_items: int) -> np.ndarray:
     """Rows dealt out evenly: int32 [num_items]."""
     return np.diff(np.arange(num_items + 1) * num_rows // num_items).astype(np.int32)

@@ -24,6 +24,7 @@ from trireme.parallel.link import Link
 from trireme.parallel.rehearsal import rehearse
 from trireme.parallel.relocation import Unprepared
 from trireme.parallel.vocabulary import CutLogits
+from trireme.ranks.chains import Chains
 from trireme.ranks.drafter import Drafter
 from trireme.ranks.fed import FedTokens
 from trireme.ranks.graphs import Graph, Graphs, Record, Recorder, shapes, why_none
@@ -80,6 +81,7 @@ class Runner:
         self._fed = FedTokens(settings.max_num_seqs, settings.inflight, device)
         self._watch: Stopwatch | None = None  # of the last step
         self._graphs: Graphs | None = None
+        self._chains: Chains | None = None
         self._why_no_graphs = why_none(settings, decoder, device)
         self._make_room(max_model_len, progress)
 
@@ -90,7 +92,7 @@ class Runner:
         says so."""
         self._link, self._watch = link, None
         if self._graphs is not None and self._graphs_are_of_epochs:
-            self._graphs.capture(self._recorder(give_up))
+            self._capture(give_up)
             logger(f"stage_{self._stage} rank {self.collectives.rank}").info("graphs: %s", self.graphs)
         if self._mixtures is not None:
             self._mixtures.forget()
@@ -107,6 +109,8 @@ class Runner:
         """Close and drop the link and the groups, and everything on its way over them: only then are the other ends freed."""
         self.collectives.give_up()  # before anything that could wait for the device
         if self._graphs is not None and self._graphs_are_of_epochs:
+            if self._chains is not None:
+                self._chains.drop()
             self._graphs.drop()  # first: the end of a group waits for the graphs that hold it
         if self._link is not None:
             self._link.close()
@@ -122,6 +126,13 @@ class Runner:
     @property
     def _graphs_are_of_epochs(self) -> bool:
         return bool(self.collectives.spans)
+
+    def _capture(self, give_up: Callable[[], bool]) -> None:
+        assert self._graphs is not None
+        record = self._recorder(give_up)
+        self._graphs.capture(record)
+        if self._chains is not None:
+            self._chains.capture(record)
 
     def _recorder(self, give_up: Callable[[], bool]) -> Record:
         return Recorder(self._device, give_up, self._settings.step_timeout_s)
@@ -165,8 +176,8 @@ class Runner:
         self._states.restore(step.restores)
         stretches = self._prompts.stretches(rows)
         batch, routed = None, bytes
-        graph = self._find_graph(step, rows)
-        if graph is not None and not stretches:
+        graph = None if stretches else self._find_graph(step, rows)
+        if graph is not None:
             computed = graph.run(rows, self._table_of(rows.slots, rows.ends), received)
         else:
             head_rows = np.concatenate([rows.sampled, *(stretch.rows for stretch in stretches)])
@@ -178,7 +189,7 @@ class Runner:
         if self._is_last:
             logits = CutLogits(computed.rows, self._vocab_size, self._along_vocabulary)
             sampled = self._sample(step, rows, logits) if len(rows.sampled) else None
-            drafts = self._draft(step, rows, deal, batch, computed, sampled)
+            drafts = self._draft(step, rows, deal, batch, computed, sampled, graph)
             read = self._describe(sampled, drafts, stretches, logits)
         else:
             carries = self._joined.send(computed.rows)
@@ -296,12 +307,23 @@ class Runner:
         return [(int(ends[item]) - 1, ids) for item, ids in step.bans]
 
     def _draft(
-        self, step: Step, rows: Rows, deal: Deal, batch: Batch | None, computed: Computed, sampled: Sampled | None
+        self,
+        step: Step,
+        rows: Rows,
+        deal: Deal,
+        batch: Batch | None,
+        computed: Computed,
+        sampled: Sampled | None,
+        graph: Graph | None = None,
     ) -> torch.Tensor | None:
         """What the head that drafts, if there is one, makes of a step: int32 [items that sample, Step.drafts]. A step that a graph
         computed has no batch."""
         if self._drafter is None or computed.normed is None:
             return None
+        if graph is not None and self._chains is not None and step.drafts and sampled is not None:
+            drafts = self._chains.draft(graph, rows, sampled.tokens, step.drafts)
+            if drafts is not None:
+                return drafts
         batch = batch or self._batch(rows, deal, rows.sampled, self._plan_attention(rows, deal) if step.drafts else {})
         return self._drafter.draft(step, rows, deal, batch, computed.normed, None if sampled is None else sampled.tokens)
 
@@ -371,7 +393,7 @@ class Runner:
             sizes,
             largest=largest,
             decode=decode,
-            num_graphs=len(captured),
+            num_graphs=len(captured) * (1 if self._decoder.mtp is None else 3),
         )
         self.collectives.leave()
         self.num_pages = num_pages(self.room, sizes, settings, self._stage)
@@ -387,12 +409,24 @@ class Runner:
                 scratch_page=self.num_pages,
                 max_pages=self._page_table.shape[1],
             )
+            if self._drafter is not None:
+                self._chains = Chains(
+                    self._decoder,
+                    self._drafter,
+                    self._caches,
+                    self._graphs,
+                    most_items=settings.mtp.max_batch_size,
+                    scratch_page=self.num_pages,
+                    max_pages=self._page_table.shape[1],
+                )
             if self._graphs_are_of_epochs:
                 rehearse(self.collectives)
                 self._graphs.warm()
+                if self._chains is not None:
+                    self._chains.warm()
                 self.collectives.leave()
             else:
-                self._graphs.capture(self._recorder(lambda: False))
+                self._capture(lambda: False)
 
     def _allocate(self, num_pages: int, num_snapshots: int) -> None:
         """The caches of all blocks, in place of those there were, which are freed first."""
