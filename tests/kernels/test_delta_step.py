@@ -13,14 +13,21 @@ from trireme_kernels.causal_conv.reference import convolve
 from trireme_kernels.choose import build, implementations, misfit
 from trireme_kernels.gated_delta.gates import gates
 from trireme_kernels.gated_delta.reference import recur
+from trireme_kernels.gated_rms_norm.reference import gated_rms_norm
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 KEY_HEADS, HEADS, KEY_DIM, VALUE_DIM, KERNEL = 1, 2, 12, 20, 4
 KEYS, VALUES = KEY_HEADS * KEY_DIM, HEADS * VALUE_DIM
 CHANNELS = 2 * KEYS + VALUES
+WIDTHS = CHANNELS, HEADS, HEADS, VALUES  # of a row: qkv, a, b, gate
+KEPT, WIDE, EPS = CHANNELS + 2 * HEADS, sum(WIDTHS), 1e-6
 SLOTS, ROOM, STATES = 6, 4, 9  # slots, then snapshots
-CASE = Case(DEVICE, torch.float32, {"num_key_heads": KEY_HEADS, "num_value_heads": HEADS, "key_dim": KEY_DIM, "value_dim": VALUE_DIM})
+CASE = Case(
+    DEVICE,
+    torch.float32,
+    {"num_key_heads": KEY_HEADS, "num_value_heads": HEADS, "key_dim": KEY_DIM, "value_dim": VALUE_DIM, "kernel": KERNEL},
+)
 
 
 def made(name):
@@ -34,29 +41,35 @@ class Layer:
 
     def __init__(self, seed):
         self._draw = torch.Generator().manual_seed(seed)
-        self.weights = [self.normal(CHANNELS, KERNEL), self.normal(HEADS), self.normal(HEADS)]
-        pools = (STATES, KERNEL - 1, CHANNELS), (STATES, HEADS, KEY_DIM, VALUE_DIM), (SLOTS, ROOM, CHANNELS + 2 * HEADS)
+        self.weights = [self.normal(CHANNELS, KERNEL), self.normal(HEADS), self.normal(HEADS), self.normal(VALUE_DIM)]
+        pools = (STATES, KERNEL - 1, CHANNELS), (STATES, HEADS, KEY_DIM, VALUE_DIM), (SLOTS, ROOM, KEPT)
         self.pools = [self.normal(*shape).to(DEVICE) for shape in pools]
 
     def normal(self, *shape):
         return torch.randn(shape, generator=self._draw)
 
     def run(self, op, rows, slots, fresh, *plan):
-        """rows [N, C + 2 Hv] -> [N, Hv, Dv]."""
-        qkv, a, b = rows.to(DEVICE).split((CHANNELS, HEADS, HEADS), dim=1)
-        weights = (weight.to(DEVICE) for weight in self.weights)
-        return op.run(qkv, a, b, *weights, *self.pools, torch.tensor(slots).to(DEVICE), torch.tensor(fresh).to(DEVICE), *plan).cpu()
+        """rows [N, C + 2 Hv + Hv Dv] -> [N, Hv, Dv]."""
+        slots, fresh = torch.tensor(slots).to(DEVICE), torch.tensor(fresh).to(DEVICE)
+        return op.run(*parts(rows.to(DEVICE)), *(weight.to(DEVICE) for weight in self.weights), EPS, *self.pools, slots, fresh, *plan).cpu()
 
     def expected(self, rows):
         """Outputs [N, Hv, Dv], inputs and state of a sequence from its begin on."""
-        weight, log_decay, dt_bias = self.weights
+        weight, log_decay, dt_bias, norm = self.weights
         line = torch.cat((torch.zeros(KERNEL - 1, CHANNELS), rows[:, :CHANNELS]))
         q, k, v = convolve(line[None], weight).split((KEYS, KEYS, VALUES), dim=-1)
-        a, b = rows[:, CHANNELS:].split(HEADS, dim=1)
+        _, a, b, gate = parts(rows)
         g, beta = gates(a, b, log_decay, dt_bias)
         state = torch.zeros(1, HEADS, KEY_DIM, VALUE_DIM)
         heads = (q.unflatten(-1, (-1, KEY_DIM)), k.unflatten(-1, (-1, KEY_DIM)), v.unflatten(-1, (-1, VALUE_DIM)))
-        return recur(*heads, g[None], beta[None], state)[0], line[len(rows) :], state[0]
+        read = recur(*heads, g[None], beta[None], state)[0]
+        return gated_rms_norm(read, gate, norm, EPS), line[len(rows) :], state[0]
+
+
+def parts(rows):
+    """qkv [N, C], a, b [N, Hv], gate [N, Hv, Dv]."""
+    *others, gate = rows.split(WIDTHS, dim=1)
+    return *others, gate.unflatten(1, (HEADS, VALUE_DIM))
 
 
 class Request(NamedTuple):
@@ -68,7 +81,7 @@ class Request(NamedTuple):
 @pytest.mark.parametrize(("name", "seed", "num_steps"), [("tl", 0, 4), *(("reference", seed, 7) for seed in range(5))])
 def test_steps_are_one_pass(name, seed, num_steps):
     op, layer, draw = made(name), Layer(seed), np.random.default_rng(seed)
-    requests = [Request(slot, torch.empty(0, CHANNELS + 2 * HEADS)) for slot in draw.permutation(SLOTS)[:4].tolist()]
+    requests = [Request(slot, torch.empty(0, WIDE)) for slot in draw.permutation(SLOTS)[:4].tolist()]
     others = [slot for slot in range(STATES) if slot not in {request.slot for request in requests}]
     before = [pool.clone() for pool in layer.pools]
     for _ in range(num_steps):
@@ -77,7 +90,7 @@ def test_steps_are_one_pass(name, seed, num_steps):
         counts = draw.integers(1, ROOM, len(here), endpoint=True)
         fresh = np.array([not len(request.stand) for request in here])
         replays, holds = np.array([request.replays for request in here]), (draw.random(len(here)) < 0.6) & ~fresh
-        rows = [layer.normal(count, CHANNELS + 2 * HEADS) for count in counts]
+        rows = [layer.normal(count, WIDE) for count in counts]
         plan = op.plan(counts.astype(np.int32), replays.astype(np.int32), holds)
         found = layer.run(op, torch.cat(rows), [request.slot for request in here], fresh, plan).split(counts.tolist())
         for which, request, new, hold, out in zip(chosen, here, rows, holds, found, strict=True):
@@ -98,12 +111,12 @@ def test_captured(name):
     op, reference = made(name), made("reference")
     layer, twin, draw, width = Layer(0), Layer(0), np.random.default_rng(0), 3
     captured, num_rows = op.captured(4, width), 4 * width
-    rows, slots, fresh = torch.zeros(num_rows, CHANNELS + 2 * HEADS), torch.zeros(4, dtype=torch.int64), torch.zeros(4, dtype=torch.bool)
+    rows, slots, fresh = torch.zeros(num_rows, WIDE), torch.zeros(4, dtype=torch.int64), torch.zeros(4, dtype=torch.bool)
     rows, slots, fresh = rows.to(DEVICE), slots.to(DEVICE), fresh.to(DEVICE)
     weights = [weight.to(DEVICE) for weight in layer.weights]
 
     def forward():
-        return captured.run(*rows.split((CHANNELS, HEADS, HEADS), dim=1), *weights, *layer.pools, slots, fresh)
+        return captured.run(*parts(rows), *weights, EPS, *layer.pools, slots, fresh)
 
     captured.plan(*[np.empty(0, np.int32)] * 3)
     replay = forward
@@ -122,7 +135,7 @@ def test_captured(name):
         counts, replays = draw.integers(1, width, num_items, endpoint=True), draw.integers(0, ROOM, num_items, endpoint=True)
         numbers = counts.astype(np.int32), replays.astype(np.int32), draw.random(num_items) < 0.5
         used, news = draw.permutation(SLOTS)[:num_items].tolist(), (replays == 0) & (draw.random(num_items) < 0.5)
-        step = layer.normal(int(counts.sum()), CHANNELS + 2 * HEADS)
+        step = layer.normal(int(counts.sum()), WIDE)
         places = torch.tensor([item * width + row for item in range(num_items) for row in range(counts[item])], dtype=torch.int64)
         rows[places.to(DEVICE)] = step.to(DEVICE)
         slots[:num_items], fresh[:num_items] = torch.tensor(used, dtype=torch.int64), torch.from_numpy(news)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from trireme.core.batch import Batch
 from trireme.core.step import Regime
@@ -46,6 +45,8 @@ class Attention(Block):
         sizes = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": dim}
         self.rope_write = build.choices("qk_rope_write", **sizes)
         self.attend = build.choices("paged_attention", **sizes, window=window)
+        if gated:
+            self.sigmoid_mul = build.choices("sigmoid_mul", num_heads=num_heads, head_dim=dim)
         self.context = Context(build.collectives)
         self._q_heads, self._kv_heads = [num_heads] * (1 + gated), [num_kv_heads] * 2
         self._dim, self._eps, self._cos_sin = dim, spec.eps, build.cos_sin
@@ -57,7 +58,7 @@ class Attention(Block):
         q, gates = self.write(x, batch)
         rows = batch.attention[self.window](q, *batch.caches[self.cache])
         for gate in gates:
-            rows = rows * F.sigmoid(gate)
+            rows = self.sigmoid_mul(rows, gate)
         return self.out(rows.view(x.shape[0], -1))
 
     def write(self, x: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:

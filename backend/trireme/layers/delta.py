@@ -21,6 +21,7 @@ from trireme.parallel.layout import SUM, lay
 from trireme_kernels.causal_conv.op import CausalConv
 from trireme_kernels.gated_delta.gates import gates
 from trireme_kernels.gated_delta.op import GatedDelta
+from trireme_kernels.gated_rms_norm.op import GatedRmsNorm
 from trireme_kernels.upload import upload
 
 # Items of more rows go chunk by chunk, others row by row.
@@ -61,14 +62,14 @@ class GatedDeltaNet(Block):
             "key_dim": delta.key_dim,
             "value_dim": delta.value_dim,
         }
-        self.step = build.choices("delta_step", **sizes)
+        self.step = build.choices("delta_step", **sizes, kernel=delta.kernel)
         conv, rule = build.choices("causal_conv", channels=channels), build.choices("gated_delta", **sizes)
-        self.chunks = Chunks(conv, rule, self.keeps, build.device)
+        gated_norm = build.choices("gated_rms_norm", dim=delta.value_dim)
+        self.chunks = Chunks(conv, rule, gated_norm, self.keeps, build.device)
         self.cut_chunks = None
         if build.plan.cp > 1:
             wide = build.choices("gated_delta", **sizes | {"value_dim": delta.value_dim + delta.key_dim})
-            self.cut_chunks = CutChunks(conv, wide, Scan(build.collectives.along("cp")), self.keeps, build.device)
-        self.gated_norm = build.choices("gated_rms_norm", dim=delta.value_dim)
+            self.cut_chunks = CutChunks(conv, wide, gated_norm, Scan(build.collectives.along("cp")), self.keeps, build.device)
         self._split = [channels, num_heads * delta.value_dim, num_heads, num_heads]
         self._heads, self._eps, self._few_rows = (num_heads, delta.value_dim), spec.eps, max(_FEW_ROWS, window)
 
@@ -79,10 +80,9 @@ class GatedDeltaNet(Block):
         items = batch.items
         assert items is not None, "a step says which items its states are of"
         qkv, z, b, a = self.proj(x).split(self._split, dim=1)
-        weights = self.conv[:, 0], self.log_decay, self.dt_bias
-        read = self._advance(items, cut=batch.shared is not None)(qkv, a, b, *weights, *batch.caches[self.cache], items.slots, items.fresh)
-        rows = self.gated_norm(read, z.unflatten(1, self._heads), self.out_norm, self._eps)
-        return self.out(rows.flatten(1))
+        weights = self.conv[:, 0], self.log_decay, self.dt_bias, self.out_norm, self._eps
+        advance, gate = self._advance(items, cut=batch.shared is not None), z.unflatten(1, self._heads)
+        return self.out(advance(qkv, a, b, gate, *weights, *batch.caches[self.cache], items.slots, items.fresh).flatten(1))
 
     def _advance(self, items: Items, cut: bool) -> Advance:
         """How the step's items advance: planned by the first layer of a stage, for all of them."""
@@ -116,14 +116,14 @@ class _Stretch(NamedTuple):
     advance: Advance
 
 
-def _one_by_one(stretches: list[_Stretch], qkv: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+def _one_by_one(stretches: list[_Stretch], *arguments: Any) -> torch.Tensor:
     """delta_step's signature, stretch by stretch."""
-    *shared, slots, fresh = rest
-    read = [
-        advance(qkv[rows], a[rows], b[rows], *shared, slots[items], fresh[items])
+    qkv, a, b, gate, *shared, slots, fresh = arguments
+    given = [
+        advance(qkv[rows], a[rows], b[rows], gate[rows], *shared, slots[items], fresh[items])
         for items, rows, advance in stretches
     ]  # fmt: skip
-    return torch.cat(read)
+    return torch.cat(given)
 
 
 class _ChunksPlan(NamedTuple):
@@ -135,8 +135,8 @@ class _ChunksPlan(NamedTuple):
 class Chunks:
     """delta_step's signature for items of K - 1 rows or more, none of them held or replayed: matrix products over runs of rows."""
 
-    def __init__(self, conv: CausalConv, delta: GatedDelta, keeps: PerRequest, device: torch.device):
-        self._conv, self._delta, self._keeps, self._device = conv, delta, keeps, device
+    def __init__(self, conv: CausalConv, delta: GatedDelta, gated_norm: GatedRmsNorm, keeps: PerRequest, device: torch.device):
+        self._conv, self._delta, self._gated_norm, self._keeps, self._device = conv, delta, gated_norm, keeps, device
 
     def plan(self, counts: np.ndarray) -> _ChunksPlan:
         last = np.cumsum(counts, dtype=np.int64)[:, None] + np.arange(-self._keeps.window, 0)
@@ -147,9 +147,12 @@ class Chunks:
         qkv: torch.Tensor,  # [N, C]
         a: torch.Tensor,  # [N, Hv]
         b: torch.Tensor,  # [N, Hv]
+        gate: torch.Tensor,  # [N, Hv, Dv]
         weight: torch.Tensor,  # [C, K]
         log_decay: torch.Tensor,  # [Hv]
         dt_bias: torch.Tensor,  # [Hv]
+        norm: torch.Tensor,  # [Dv]
+        eps: float,
         inputs: torch.Tensor,  # [S, K - 1, C]
         states: torch.Tensor,  # [S, Hv, Dk, Dv]
         held: torch.Tensor,
@@ -162,7 +165,7 @@ class Chunks:
         read, final = self._delta.run(q, k, v, *gates(a, b, log_decay, dt_bias), initial, plan.delta)
         inputs.index_copy_(0, slots, qkv.index_select(0, plan.last).view_as(left))
         states.index_copy_(0, slots, final)
-        return read
+        return self._gated_norm(read, gate, norm, eps)
 
 
 class _CutPlan(NamedTuple):
@@ -176,8 +179,8 @@ class CutChunks:
     """delta_step's signature for items of any size whose rows are cut zig-zag along cp, none of them held or replayed: qkv, a and
     b are this rank's rows, while slots and pools are of whole items."""
 
-    def __init__(self, conv: CausalConv, wide: GatedDelta, scan: Scan, keeps: PerRequest, device: torch.device):
-        self._conv, self._wide, self._scan, self._keeps, self._device = conv, wide, scan, keeps, device
+    def __init__(self, conv: CausalConv, wide: GatedDelta, gated_norm: GatedRmsNorm, scan: Scan, keeps: PerRequest, device: torch.device):
+        self._conv, self._wide, self._gated_norm, self._scan, self._keeps, self._device = conv, wide, gated_norm, scan, keeps, device
 
     def plan(self, counts: np.ndarray) -> _CutPlan:
         keeps, pieces = self._keeps, self._scan.plan(counts, self._keeps.window, partial(upload, device=self._device))
@@ -189,9 +192,12 @@ class CutChunks:
         qkv: torch.Tensor,  # [N, C]
         a: torch.Tensor,  # [N, Hv]
         b: torch.Tensor,  # [N, Hv]
+        gate: torch.Tensor,  # [N, Hv, Dv]
         weight: torch.Tensor,  # [C, K]
         log_decay: torch.Tensor,  # [Hv]
         dt_bias: torch.Tensor,  # [Hv]
+        norm: torch.Tensor,  # [Dv]
+        eps: float,
         inputs: torch.Tensor,  # [S, K - 1, C]
         states: torch.Tensor,  # [S, Hv, Dk, Dv]
         held: torch.Tensor,
@@ -207,7 +213,7 @@ class CutChunks:
         before, final = self._scan.states(done, initial)
         inputs.index_copy_(0, slots, last)
         states.index_copy_(0, slots, final)
-        return corrected(read, before, plan.pieces.counts)
+        return self._gated_norm(corrected(read, before, plan.pieces.counts), gate, norm, eps)
 
 
 def _begun(pool: torch.Tensor, slots: torch.Tensor, fresh: torch.Tensor) -> torch.Tensor:

@@ -1,1 +1,1 @@
-"""delta_step: convolution, gates and gated delta rule for a few rows of each item, on the pools of states."""
+"""delta_step: convolution, gates, gated delta rule and gated norm for a few rows of each item, on the pools of states."""

@@ -24,14 +24,14 @@ _QWEN35 = {"num_key_heads": 16, "num_value_heads": 32, "key_dim": 128, "value_di
 BENCH = tuple(
     Case("cpu", torch.bfloat16, {**_QWEN35, "items": items, "rows": rows, "held": held, "full": 1})
     for rows, held in ((1, 0), (4, 4))
-    for items in (1, 8, 32, 128)
+    for items in (1, 8, 32, 256)
 )
 
 
 def inputs(case: Case, seed: int) -> tuple[Any, ...]:
-    """((counts, replays, holds), qkv, a, b, weight, log_decay, dt_bias, inputs, states, held, slots, fresh). Items of up to
-    `rows` rows, of which some are replayed and some held where the case has `held`, scattered over twice as many slots. Where
-    it is `full`, all items have as many rows, and with `held` replay one less and hold."""
+    """((counts, replays, holds), qkv, a, b, gate, weight, log_decay, dt_bias, norm, eps, inputs, states, held, slots, fresh).
+    Items of up to `rows` rows, of which some are replayed and some held where the case has `held`, scattered over twice as many
+    slots. Where it is `full`, all items have as many rows, and with `held` replay one less and hold."""
     size, draw = case.sizes, np.random.default_rng(seed)
     key_heads, value_heads, key_dim, value_dim, kernel, items, rows = (
         size[name] for name in ("num_key_heads", "num_value_heads", "key_dim", "value_dim", "kernel", "items", "rows")
@@ -54,9 +54,12 @@ def inputs(case: Case, seed: int) -> tuple[Any, ...]:
         normal(num_rows, channels),
         normal(num_rows, value_heads),
         normal(num_rows, value_heads),
+        normal(num_rows, value_heads, value_dim),
         normal(channels, kernel),
         normal(value_heads, dtype=torch.float32),
         normal(value_heads, dtype=torch.float32),
+        normal(value_dim),
+        1e-6,
         normal(num_slots, kernel - 1, channels),
         normal(num_slots, value_heads, key_dim, value_dim, dtype=torch.float32),
         normal(num_slots, room, channels + 2 * value_heads),
@@ -68,7 +71,7 @@ def inputs(case: Case, seed: int) -> tuple[Any, ...]:
 def results(op: DeltaStep, inputs: tuple) -> tuple[Tensor, ...]:
     """All that the op computes: outputs, and the pools that it wrote."""
     numbers, *tensors = inputs
-    tensors[6:9] = pools = [pool.clone() for pool in tensors[6:9]]
+    tensors[9:12] = pools = [pool.clone() for pool in tensors[9:12]]
     return (op.run(*tensors, plan=op.plan(*numbers)), *pools)
 
 
@@ -81,10 +84,10 @@ def timed(op: DeltaStep, inputs: tuple) -> Callable[[], Any]:
 
 def work(inputs: tuple) -> Work:
     """States dominate: each item's is read and written once. Rows are passed over once, replayed ones too."""
-    (counts, replays, holds), qkv, a, b, weight = inputs[:5]
-    windows, states, held = inputs[7:10]
+    (counts, replays, holds), qkv, a, b, gate, weight = inputs[:6]
+    windows, states, held = inputs[10:13]
     items, row = len(counts), held[0, :1].nbytes
     out = len(qkv) * states.shape[1] * states.shape[3] * qkv.itemsize
-    moved = qkv.nbytes + a.nbytes + b.nbytes + weight.nbytes + out + 2 * items * (windows[0].nbytes + states[0].nbytes)
+    moved = qkv.nbytes + a.nbytes + b.nbytes + gate.nbytes + weight.nbytes + out + 2 * items * (windows[0].nbytes + states[0].nbytes)
     moved += row * int(replays.sum() + (counts * holds).sum())
     return Work(moved, flops=6 * int((counts + replays).sum()) * states[0].numel())

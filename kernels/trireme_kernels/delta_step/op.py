@@ -11,7 +11,7 @@ IMPLEMENTATIONS = ("tl", "reference")
 
 
 class DeltaStep(Protocol):
-    """Sizes a case may name: num_key_heads (Hk), num_value_heads (Hv), key_dim (Dk), value_dim (Dv).
+    """Sizes a case may name: num_key_heads (Hk), num_value_heads (Hv), key_dim (Dk), value_dim (Dv), kernel (K).
 
     An item's inputs and state first take `replays` rows of what its slot held, then its own rows; where it holds, its own
     rows give outputs, and are written to what the slot holds instead:
@@ -30,9 +30,12 @@ class DeltaStep(Protocol):
         qkv: Tensor,
         a: Tensor,
         b: Tensor,
+        gate: Tensor,
         weight: Tensor,
         log_decay: Tensor,
         dt_bias: Tensor,
+        norm: Tensor,
+        eps: float,
         inputs: Tensor,
         states: Tensor,
         held: Tensor,
@@ -40,12 +43,12 @@ class DeltaStep(Protocol):
         fresh: Tensor,
         plan: Any,
     ) -> Tensor:
-        """qkv [N, C] (query, key and value heads, C = 2 Hk Dk + Hv Dv), a, b [N, Hv], item after item, weight [C, K],
-        log_decay (A_log), dt_bias float32 [Hv]; pools, written in place: inputs [S, K - 1, C], states float32
-        [S, Hv, Dk, Dv], held [slots, R, C + 2 Hv] (rows of qkv, a, b); slots int64 [I], all different, fresh bool [I]:
-        inputs and state are zero -> [N, Hv, Dv] of qkv's dtype.
+        """qkv [N, C] (query, key and value heads, C = 2 Hk Dk + Hv Dv), a, b [N, Hv], gate [N, Hv, Dv], item after item,
+        weight [C, K], log_decay (A_log), dt_bias float32 [Hv], norm [Dv]; pools, written in place: inputs [S, K - 1, C],
+        states float32 [S, Hv, Dk, Dv], held [slots, R, C + 2 Hv] (rows of qkv, a, b); slots int64 [I], all different, fresh
+        bool [I]: inputs and state are zero -> [N, Hv, Dv] of qkv's dtype.
 
-        A row's output is that of causal_conv, gates and gated_delta, in turn.
+        A row's output is that of causal_conv, gates, gated_delta and gated_rms_norm, in turn.
         """
         ...
 
@@ -69,9 +72,12 @@ class CapturedDeltaStep(Protocol):
         qkv: Tensor,
         a: Tensor,
         b: Tensor,
+        gate: Tensor,
         weight: Tensor,
         log_decay: Tensor,
         dt_bias: Tensor,
+        norm: Tensor,
+        eps: float,
         inputs: Tensor,
         states: Tensor,
         held: Tensor,

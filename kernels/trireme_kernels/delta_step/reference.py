@@ -14,6 +14,7 @@ from trireme_kernels.delta_step.op import DeltaStep
 from trireme_kernels.gated_delta.gates import gates
 from trireme_kernels.gated_delta.rectangle import Rectangle
 from trireme_kernels.gated_delta.reference import recur
+from trireme_kernels.gated_rms_norm.reference import gated_rms_norm
 from trireme_kernels.upload import upload
 
 
@@ -64,9 +65,12 @@ class Reference:
         qkv: Tensor,  # [N, C]
         a: Tensor,  # [N, Hv]
         b: Tensor,  # [N, Hv]
+        gate: Tensor,  # [N, Hv, Dv]
         weight: Tensor,  # [C, K]
         log_decay: Tensor,  # [Hv]
         dt_bias: Tensor,  # [Hv]
+        norm: Tensor,  # [Dv]
+        eps: float,
         inputs: Tensor,  # [S, K - 1, C]
         states: Tensor,  # [S, Hv, Dk, Dv]
         held: Tensor,  # [slots, R, C + 2 Hv]
@@ -81,18 +85,18 @@ class Reference:
             again = held[:, : plan.num_replays].index_select(0, slots)
             rows, again_a, again_b = again.split((num_channels, num_heads, num_heads), dim=-1)
             stand = torch.arange(plan.num_replays, device=qkv.device) < plan.replays[:, None]
-            g, beta = (gate * stand[:, :, None] for gate in gates(again_a, again_b, log_decay, dt_bias))
+            g, beta = (each * stand[:, :, None] for each in gates(again_a, again_b, log_decay, dt_bias))
             _, window = _take(rows, g, beta, weight, window, state, plan.replays)
         aside = plan.aside
         before = [] if aside is None else [window[aside.items], state[aside.items]]
-        g, beta = (plan.rows.fill(gate) for gate in gates(a, b, log_decay, dt_bias))
+        g, beta = (plan.rows.fill(each) for each in gates(a, b, log_decay, dt_bias))
         out, window = _take(plan.rows.fill(qkv), g, beta, weight, window, state, plan.counts)
         if aside is not None:
             window[aside.items], state[aside.items] = before
             held[slots[aside.owners], aside.places] = torch.cat((qkv, a, b), dim=-1)[aside.rows]
         inputs.index_copy_(0, slots, window)
         states.index_copy_(0, slots, state)
-        return plan.rows.flat(out)
+        return gated_rms_norm(plan.rows.flat(out), gate, norm, eps)
 
     def captured(self, num_items: int, width: int) -> None:
         """None: the longest item's rows are launches of their own."""

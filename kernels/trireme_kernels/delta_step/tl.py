@@ -1,8 +1,8 @@
-"""delta_step in the Triton language: two launches, whatever the items are.
+"""delta_step in the Triton language: one launch, whatever the items are.
 
-The first has a program for each item, value head and block of value dims: its part of the state stays in registers over all
-rows, and it convolves the channels of its query, key and values itself. The second moves on what the programs of an item
-share, the inputs and what is held, when all have read it: a program for each item and block of channels.
+A program has an item and a key head, with the value heads that it serves: all that they share is read, and written anew, by
+nobody else. It takes TOGETHER of the value heads at a time: their states, side by side in one tile of KEYS x (TOGETHER x VALUES),
+stay in registers over all rows.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportGeneralTypeIssues=false
@@ -17,14 +17,21 @@ from torch import Tensor
 
 from trireme_kernels.case import Case
 from trireme_kernels.delta_step.op import CapturedDeltaStep, DeltaStep
+from trireme_kernels.gated_rms_norm.tl import normed_and_gated
+from trireme_kernels.pdl import after_earlier, early
 from trireme_kernels.upload import upload
 
-_VALUES, _CHANNELS = 32, 512  # of a program
+_TAPS = 4  # of the convolution, the most
+_MOST_NUMBERS = 1 << 15  # of a state: 128 registers of each of 256 threads
+_FEW_PROGRAMS = 128  # fewer leave most of a GPU idle: each then has all its bytes in flight at once
 
 
 def fits(case: Case) -> str | None:
-    if case.sizes.get("key_dim", 0) > 256:
-        return f"key_dim={case.sizes['key_dim']} is over 256"
+    key_dim, value_dim, kernel = (case.sizes.get(name, 1) for name in ("key_dim", "value_dim", "kernel"))
+    if triton.next_power_of_2(key_dim) * triton.next_power_of_2(value_dim) > _MOST_NUMBERS:
+        return f"a state of {key_dim} x {value_dim} is more than the {_MOST_NUMBERS} numbers that fit in registers"
+    if kernel > _TAPS:
+        return f"kernel={kernel} is over {_TAPS}"
     return None
 
 
@@ -49,9 +56,12 @@ class Fused:
         qkv: Tensor,  # [N, C]
         a: Tensor,  # [N, Hv]
         b: Tensor,  # [N, Hv]
+        gate: Tensor,  # [N, Hv, Dv]
         weight: Tensor,  # [C, K]
         log_decay: Tensor,  # [Hv]
         dt_bias: Tensor,  # [Hv]
+        norm: Tensor,  # [Dv]
+        eps: float,
         inputs: Tensor,  # [S, K - 1, C]
         states: Tensor,  # [S, Hv, Dk, Dv]
         held: Tensor,  # [slots, R, C + 2 Hv]
@@ -59,8 +69,7 @@ class Fused:
         fresh: Tensor,  # [I]
         plan: Tensor,
     ) -> Tensor:  # [N, Hv, Dv]
-        out = torch.empty(len(qkv), *a.shape[1:], states.shape[3], dtype=qkv.dtype, device=qkv.device)
-        return launch(qkv, a, b, weight, log_decay, dt_bias, inputs, states, held, slots, fresh, plan, out)
+        return launch(qkv, a, b, gate, weight, log_decay, dt_bias, norm, eps, inputs, states, held, slots, fresh, plan)
 
     def captured(self, num_items: int, width: int) -> CapturedDeltaStep:
         return _Captured(self, num_items, width)
@@ -81,195 +90,240 @@ class _Captured:
         qkv: Tensor,
         a: Tensor,
         b: Tensor,
+        gate: Tensor,
         weight: Tensor,
         log_decay: Tensor,
         dt_bias: Tensor,
+        norm: Tensor,
+        eps: float,
         inputs: Tensor,
         states: Tensor,
         held: Tensor,
         slots: Tensor,
         fresh: Tensor,
     ) -> Tensor:
-        out = torch.zeros(len(qkv), *a.shape[1:], states.shape[3], dtype=qkv.dtype, device=qkv.device)  # some rows are of no item
-        return launch(qkv, a, b, weight, log_decay, dt_bias, inputs, states, held, slots, fresh, self._plan, out)
+        return launch(qkv, a, b, gate, weight, log_decay, dt_bias, norm, eps, inputs, states, held, slots, fresh, self._plan)
+
+
+def tiles(num_programs: int) -> tuple[int, int]:
+    """(value heads side by side, at most; warps for _MOST_NUMBERS numbers of the tile, half as many for half of them)."""
+    return (_TAPS, 16) if num_programs < _FEW_PROGRAMS else (1, 16)
 
 
 def launch(
     qkv: Tensor,
     a: Tensor,
     b: Tensor,
+    gate: Tensor,
     weight: Tensor,
     log_decay: Tensor,
     dt_bias: Tensor,
+    norm: Tensor,
+    eps: float,
     inputs: Tensor,
     states: Tensor,
     held: Tensor,
     slots: Tensor,
     fresh: Tensor,
     plan: Tensor,
-    out: Tensor,
 ) -> Tensor:
-    """Both launches; writes and gives `out`."""
-    rowwise = qkv, a, b, weight, inputs, held
+    """Rows between one item's and the next one's, and after the last one's, give zeros."""
+    rowwise = qkv, a, b, gate, weight, inputs, held
     assert all(x.stride(-1) == 1 for x in rowwise) and states[0].is_contiguous(), "rows and states are contiguous"
-    num_items, num_channels = plan.shape[1], qkv.shape[1]
+    num_items, (num_rows, num_channels) = plan.shape[1], qkv.shape
     num_heads, key_dim, value_dim = states.shape[1:]
+    out = torch.empty(num_rows, num_heads, value_dim, dtype=qkv.dtype, device=qkv.device)
     if not num_items:
-        return out
-    sources = (qkv, a, b, inputs, held, slots, fresh.view(torch.uint8), plan, num_items, num_channels)
-    strides = (qkv.stride(0), a.stride(0), b.stride(0), *inputs.stride()[:2], *held.stride()[:2])
-    sizes = {"TAPS": weight.shape[1], "HEADS": num_heads}
-    _step[(num_items, num_heads, triton.cdiv(value_dim, _VALUES))](
-        *sources,
-        *strides,
+        return out.zero_()
+    num_key_heads = (num_channels - num_heads * value_dim) // (2 * key_dim)
+    shared, keys, values = num_heads // num_key_heads, triton.next_power_of_2(key_dim), triton.next_power_of_2(value_dim)
+    together, num_warps = tiles(num_items * num_key_heads)
+    together = min(together, triton.next_power_of_2(shared), max(1, _MOST_NUMBERS // (keys * values)))
+    _step[(num_items, num_key_heads)](
+        qkv,
+        a,
+        b,
+        gate,
+        inputs,
+        held,
+        slots,
+        fresh.view(torch.uint8),
+        plan,
+        num_items,
+        num_rows,
+        num_channels,
+        qkv.stride(0),
+        a.stride(0),
+        b.stride(0),
+        *gate.stride()[:2],
+        *inputs.stride()[:2],
+        *held.stride()[:2],
         weight,
         log_decay,
         dt_bias,
+        norm,
+        eps,
         states,
         out,
         weight.stride(0),
         states.stride(0),
-        **sizes,
-        SHARED=num_heads * 2 * key_dim // (num_channels - num_heads * value_dim),
+        TAPS=weight.shape[1],
+        HEADS=num_heads,
+        SHARED=shared,
         DK=key_dim,
         DV=value_dim,
-        KEYS=triton.next_power_of_2(key_dim),
-        VALUES=_VALUES,
+        KEYS=keys,
+        VALUES=values,
+        TOGETHER=together,
+        HELD=held.shape[1] > 0,
+        **early(qkv),
+        num_warps=max(1, num_warps * keys * values * together // _MOST_NUMBERS),
     )
-    rows = triton.next_power_of_2(weight.shape[1] - 1)
-    _move_on[(num_items, triton.cdiv(num_channels + 2 * num_heads, _CHANNELS))](*sources, *strides, **sizes, ROWS=rows, CHANNELS=_CHANNELS)
     return out
 
 
 @triton.jit
 def _step(
-    qkv, a, b, inputs, held, slots, fresh, plan, num_items, num_channels,
-    qkv_row, a_row, b_row, inputs_slot, inputs_row, held_slot, held_row,
-    weight, log_decay, dt_bias, states, out, weight_row, states_slot,
+    qkv, a, b, gate, inputs, held, slots, fresh, plan, num_items, num_rows, num_channels,
+    qkv_row, a_row, b_row, gate_row, gate_head, inputs_slot, inputs_row, held_slot, held_row,
+    weight, log_decay, dt_bias, norm, eps, states, out, weight_row, states_slot,
     TAPS: tl.constexpr, HEADS: tl.constexpr, SHARED: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
-    KEYS: tl.constexpr, VALUES: tl.constexpr,
+    KEYS: tl.constexpr, VALUES: tl.constexpr, TOGETHER: tl.constexpr, HELD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    item, head = tl.program_id(0), tl.program_id(1)
-    begin = tl.load(plan + item).to(tl.int64)
-    count = tl.load(plan + num_items + item)
-    replays = tl.load(plan + 2 * num_items + item)
-    holds = tl.load(plan + 3 * num_items + item) != 0
-    if count + replays == 0:
-        return
-    slot = tl.load(slots + item)
-    goes_on = tl.load(fresh + item) == 0
-    # Where the inputs of place 0 are: before the item's rows, among what is held, and among this step's rows.
-    window = inputs + slot * inputs_slot + (TAPS - 1) * inputs_row
-    aside = held + slot * held_slot
-    own = qkv + (begin - replays) * qkv_row
-
-    key, value = tl.arange(0, KEYS), tl.program_id(2) * VALUES + tl.arange(0, VALUES)
-    real_key, real_value = key < DK, value < DV
-    q_channel = head // SHARED * DK + key
-    k_channel = HEADS // SHARED * DK + q_channel
-    v_channel = 2 * (HEADS // SHARED) * DK + head * DV + value
-    place = states + slot * states_slot + head * DK * DV + key[:, None] * DV + value[None, :]
-    real = real_key[:, None] & real_value[None, :]
-    state = tl.where(goes_on, tl.load(place, mask=real, other=0.0), 0.0)
-    rate, bias = -tl.exp(tl.load(log_decay + head)), tl.load(dt_bias + head)
+    item, key_head = tl.program_id(0), tl.program_id(1)
+    # Of the value heads: in a row of the tile's columns, and as a head a line.
+    column = tl.arange(0, TOGETHER * VALUES)
+    value, line_head, line_value = column % VALUES, tl.arange(0, TOGETHER)[:, None], tl.arange(0, VALUES)[None, :]
     kind = out.dtype.element_ty
 
-    for row in range(replays + count):
-        if holds & (row == replays):
-            tl.store(place, state, mask=real)
-        q = _convolved(
-            window, aside, own, goes_on, replays, row, q_channel, real_key, weight, inputs_row, held_row, qkv_row, weight_row, TAPS
-        )
-        k = _convolved(
-            window, aside, own, goes_on, replays, row, k_channel, real_key, weight, inputs_row, held_row, qkv_row, weight_row, TAPS
-        )
-        v = _convolved(
-            window, aside, own, goes_on, replays, row, v_channel, real_value, weight, inputs_row, held_row, qkv_row, weight_row, TAPS
-        )
-        if row < replays:
-            logits = aside + row * held_row + num_channels + head
-            time, learning = tl.load(logits).to(tl.float32), tl.load(logits + HEADS).to(tl.float32)
-        else:
-            line = begin + (row - replays)
-            time, learning = tl.load(a + line * a_row + head).to(tl.float32), tl.load(b + line * b_row + head).to(tl.float32)
-        time += bias
-        time = tl.where(time > 20.0, time, tl.log(1.0 + tl.exp(time)))  # softplus
-        q, k = q.to(kind).to(tl.float32), k.to(kind).to(tl.float32)
-        q = q * (tl.rsqrt(tl.sum(q * q) + 1e-6) * DK**-0.5)
-        k = k * tl.rsqrt(tl.sum(k * k) + 1e-6)
-        state = state * tl.exp(rate * time)
-        learnt = (v.to(kind).to(tl.float32) - tl.sum(state * k[:, None], axis=0)) * tl.sigmoid(learning)
-        state = state + k[:, None] * learnt[None, :]
-        if row >= replays:
-            result = tl.sum(state * q[:, None], axis=0).to(kind)
-            tl.store(out + ((begin + (row - replays)) * HEADS + head) * DV + value, result, mask=real_value)
-    if holds == 0:
-        tl.store(place, state, mask=real)
+    after_earlier(PDL)
+    begin, count = tl.load(plan + item).to(tl.int64), tl.load(plan + num_items + item)
+    until = tl.where(item + 1 < num_items, tl.load(plan + item + 1), num_rows)
+    for row in range(begin + count, until):
+        for part in tl.static_range(0, SHARED, TOGETHER):
+            target = out + (row * HEADS + key_head * SHARED + part + line_head) * DV + line_value
+            tl.store(target, tl.zeros([TOGETHER, VALUES], kind), mask=(part + line_head < SHARED) & (line_value < DV))
+    if count == 0:
+        return
+    replays, holds = count * 0, count < 0
+    if HELD:
+        replays = tl.load(plan + 2 * num_items + item)
+        holds = tl.load(plan + 3 * num_items + item) != 0
+    slot, goes_on = tl.load(slots + item), tl.load(fresh + item) == 0
+    # Where the inputs of place 0 are: before the item's rows, among what is held, and among this step's rows.
+    window, aside, own = inputs + slot * inputs_slot + (TAPS - 1) * inputs_row, held + slot * held_slot, qkv + (begin - replays) * qkv_row
+
+    key = tl.arange(0, KEYS)
+    q_channel, k_channel = key_head * DK + key, HEADS // SHARED * DK + key_head * DK + key
+    for part in tl.static_range(0, SHARED, TOGETHER):
+        head = key_head * SHARED + part + column // VALUES
+        real_value = (part + column // VALUES < SHARED) & (value < DV)
+        v_channel = 2 * (HEADS // SHARED) * DK + head * DV + value
+        place = states + slot * states_slot + (head * (DK * DV) + value)[None, :] + key[:, None] * DV
+        real = (key < DK)[:, None] & real_value[None, :]
+        state = tl.load(place, mask=_both(real, goes_on), other=0.0)
+        rate = -tl.exp(tl.load(log_decay + head, mask=real_value, other=0.0))
+        bias = tl.load(dt_bias + head, mask=real_value, other=0.0)
+        scale = tl.load(norm + line_value, mask=line_value < DV, other=0.0)
+
+        for row in range(replays + count):
+            if HELD:
+                tl.store(place, state, mask=_both(real, holds & (row == replays)))
+            line, again = begin + (row - replays), aside + row * held_row + num_channels
+            query = _convolved(
+                window, aside, own, goes_on, replays, row, q_channel, key < DK, weight,
+                inputs_row, held_row, qkv_row, weight_row, TAPS, HELD,
+            )  # fmt: skip
+            known = _convolved(
+                window, aside, own, goes_on, replays, row, k_channel, key < DK, weight,
+                inputs_row, held_row, qkv_row, weight_row, TAPS, HELD,
+            )  # fmt: skip
+            new = _convolved(
+                window, aside, own, goes_on, replays, row, v_channel, real_value, weight,
+                inputs_row, held_row, qkv_row, weight_row, TAPS, HELD,
+            )  # fmt: skip
+            time = _either(a + line * a_row, again, head, real_value, row >= replays, HELD)
+            learning = _either(b + line * b_row, again + HEADS, head, real_value, row >= replays, HELD)
+            time += bias
+            time = tl.where(time > 20.0, time, tl.log(1.0 + tl.exp(time)))  # softplus
+            query = query * (tl.rsqrt(tl.sum(query * query) + 1e-6) * DK**-0.5)
+            known = known * tl.rsqrt(tl.sum(known * known) + 1e-6)
+            state = state * tl.exp(rate * time)[None, :]
+            learnt = (new - tl.sum(state * known[:, None], axis=0)) * tl.sigmoid(learning)
+            state = state + known[:, None] * learnt[None, :]
+            read = tl.reshape(tl.sum(state * query[:, None], axis=0).to(kind).to(tl.float32), [TOGETHER, VALUES])
+            real_line = _both((part + line_head < SHARED) & (line_value < DV), row >= replays)
+            heads = key_head * SHARED + part + line_head
+            opening = tl.load(gate + line * gate_row + heads * gate_head + line_value, mask=real_line, other=0.0).to(tl.float32)
+            result = normed_and_gated(read, scale, opening, DV, eps, kind)
+            tl.store(out + (line * HEADS + heads) * DV + line_value, result, mask=real_line)
+        tl.store(place, state, mask=_both(real, holds == 0))
+
+        # All that read these values' inputs have done so; the query's and the key's are read until the last values are done.
+        tl.debug_barrier()
+        _move_on(window, aside, own, goes_on, replays, count, holds, v_channel, real_value, inputs_row, held_row, qkv_row, TAPS, HELD)
+        if HELD:
+            for row in range(tl.where(holds, count, 0)):
+                first, target = real_value & (value == 0), aside + row * held_row + num_channels + head
+                tl.store(target, tl.load(a + (begin + row) * a_row + head, mask=first), mask=first)
+                tl.store(target + HEADS, tl.load(b + (begin + row) * b_row + head, mask=first), mask=first)
+    _move_on(window, aside, own, goes_on, replays, count, holds, q_channel, key < DK, inputs_row, held_row, qkv_row, TAPS, HELD)
+    _move_on(window, aside, own, goes_on, replays, count, holds, k_channel, key < DK, inputs_row, held_row, qkv_row, TAPS, HELD)
+
+
+@triton.jit
+def _both(real, condition):
+    """A mask where a condition on the whole program holds, nothing elsewhere."""
+    return real & (tl.where(condition, 1, 0) > tl.zeros(real.shape, tl.int32))
+
+
+@triton.jit
+def _either(row, again, place, real, own, HELD: tl.constexpr):
+    """float32 numbers of one of the item's own rows, or of a row that was held."""
+    value = tl.load(row + place, mask=_both(real, own), other=0.0).to(tl.float32)
+    if HELD:
+        value += tl.load(again + place, mask=_both(real, own == 0), other=0.0).to(tl.float32)
+    return value
+
+
+@triton.jit
+def _inputs(window, aside, own, goes_on, replays, place, channel, real, inputs_row, held_row, own_row, HELD: tl.constexpr):
+    """Channels of an item's inputs, place by place: below 0 of the rows before, then of `replays` held rows, then of its own."""
+    before = tl.where(goes_on, 0, -(1 << 30))  # of a fresh item there is nothing
+    value = tl.load(window + place * inputs_row + channel, mask=real & (place < before), other=0.0)
+    if HELD:
+        value += tl.load(aside + place * held_row + channel, mask=real & (place >= 0) & (place < replays), other=0.0)
+    return value + tl.load(own + place.to(tl.int64) * own_row + channel, mask=real & (place >= replays), other=0.0)
 
 
 @triton.jit
 def _convolved(
     window, aside, own, goes_on, replays, row, channel, real, weight, inputs_row, held_row, own_row, weight_row,
-    TAPS: tl.constexpr,
+    TAPS: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
-    """What causal_conv makes of some channels of a row."""
-    total = tl.zeros(channel.shape, tl.float32)
-    for tap in tl.static_range(TAPS):
-        place = row + tap - (TAPS - 1)
-        value = _input(window, aside, own, goes_on, replays, place, channel, real, inputs_row, held_row, own_row)
-        total += value.to(tl.float32) * tl.load(weight + channel * weight_row + tap, mask=real, other=0.0).to(tl.float32)
-    return total * tl.sigmoid(total)
-
-
-@triton.jit
-def _input(window, aside, own, goes_on, replays, place, channel, real, inputs_row, held_row, own_row):
-    """Channels of an item's input: below place 0 of the rows before, then of `replays` held rows, then of its own."""
-    place = place.to(tl.int64)
-    if place < 0:
-        value = tl.where(goes_on, tl.load(window + place * inputs_row + channel, mask=real, other=0.0), 0.0)
-    elif place < replays:
-        value = tl.load(aside + place * held_row + channel, mask=real, other=0.0)
-    else:
-        value = tl.load(own + place * own_row + channel, mask=real, other=0.0)
-    return value
+    """float32 of what causal_conv makes of some channels of a row. A tile of taps and channels: channels alone would be laid out as the
+    state's rows are, all of them in every thread."""
+    tap, channels = tl.arange(0, 4)[:, None], channel[None, :]
+    real = real[None, :] & (tap < TAPS)
+    value = _inputs(window, aside, own, goes_on, replays, row + tap - (TAPS - 1), channels, real, inputs_row, held_row, own_row, HELD)
+    total = tl.sum(value.to(tl.float32) * tl.load(weight + channels * weight_row + tap, mask=real, other=0.0).to(tl.float32), axis=0)
+    return (total * tl.sigmoid(total)).to(own.dtype.element_ty).to(tl.float32)
 
 
 @triton.jit
 def _move_on(
-    qkv, a, b, inputs, held, slots, fresh, plan, num_items, num_channels,
-    qkv_row, a_row, b_row, inputs_slot, inputs_row, held_slot, held_row,
-    TAPS: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    window, aside, own, goes_on, replays, count, holds, channel, real, inputs_row, held_row, own_row,
+    TAPS: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
-    item = tl.program_id(0)
-    begin = tl.load(plan + item).to(tl.int64)
-    count = tl.load(plan + num_items + item)
-    replays = tl.load(plan + 2 * num_items + item)
-    holds = tl.load(plan + 3 * num_items + item) != 0
-    if count + replays == 0:
-        return
-    slot = tl.load(slots + item)
-    goes_on = tl.load(fresh + item) == 0
-    window = inputs + slot * inputs_slot + (TAPS - 1) * inputs_row
-    aside = held + slot * held_slot
-    own = qkv + (begin - replays) * qkv_row
-    channel = (tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS))[None, :]
-    convolved = channel < num_channels
-
-    row = tl.arange(0, ROWS)[:, None]
+    """Some channels of the rows before the next one, and where the item holds of its own rows, to where they are kept."""
+    row, channels = tl.arange(0, 4)[:, None], channel[None, :]
+    moved = real[None, :] & (row < TAPS - 1)
     place = replays + tl.where(holds, 0, count) - (TAPS - 1) + row
-    moved = convolved & (row < TAPS - 1)
-    before = tl.load(window + place * inputs_row + channel, mask=moved & (place < 0), other=0.0)
-    before = tl.where(goes_on, before, 0.0)
-    again = tl.load(aside + place * held_row + channel, mask=moved & (place >= 0) & (place < replays), other=0.0)
-    new = tl.load(own + place * qkv_row + channel, mask=moved & (place >= replays), other=0.0)
+    value = _inputs(window, aside, own, goes_on, replays, place, channels, moved, inputs_row, held_row, own_row, HELD)
     tl.debug_barrier()  # what follows overwrites what was read
-    tl.store(window + (row - (TAPS - 1)) * inputs_row + channel, before + again + new, mask=moved)
-    if holds:
-        logit = channel - num_channels
-        first, second = (logit >= 0) & (logit < HEADS), (logit >= HEADS) & (logit < 2 * HEADS)
-        for start in range(0, count, ROWS):
-            line, real = begin + start + row, start + row < count
-            value = tl.load(qkv + line * qkv_row + channel, mask=real & convolved, other=0.0)
-            value += tl.load(a + line * a_row + logit, mask=real & first, other=0.0)
-            value += tl.load(b + line * b_row + logit - HEADS, mask=real & second, other=0.0)
-            tl.store(aside + (start + row) * held_row + channel, value, mask=real & (logit < 2 * HEADS))
+    tl.store(window + (row - (TAPS - 1)) * inputs_row + channels, value, mask=moved)
+    if HELD:
+        for start in range(0, tl.where(holds, count, 0), 4):
+            here = real[None, :] & (start + row < count)
+            value = tl.load(own + (replays + start + row).to(tl.int64) * own_row + channels, mask=here, other=0.0)
+            tl.store(aside + (start + row) * held_row + channels, value, mask=here)

@@ -52,8 +52,14 @@ def _heads(
     scale = tl.load(weight + column, mask=column < dim, other=0.0)
     after_earlier(PDL)
     value = tl.load(x + row * x_row + head * x_head + column, mask=inside, other=0.0).to(tl.float32)
-    normed = value * tl.rsqrt(tl.sum(value * value, axis=1) / dim + eps)[:, None]
-    kind = out.dtype.element_ty
-    normed = (normed.to(scale.dtype).to(tl.float32) * scale.to(tl.float32)).to(kind).to(tl.float32)  # rounded as rms_norm rounds
     opening = tl.load(gate + row * gate_row + head * gate_head + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + (row * num_heads + head) * dim + column, (normed * opening * tl.sigmoid(opening)).to(kind), mask=inside)
+    result = normed_and_gated(value, scale, opening, dim, eps, out.dtype.element_ty)
+    tl.store(out + (row * num_heads + head) * dim + column, result, mask=inside)
+
+
+@triton.jit
+def normed_and_gated(value, scale, opening, dim, eps, kind: tl.constexpr):
+    """value, opening float32 [HEADS, BLOCK], numbers past a head's own zero, scale [1, BLOCK] -> [HEADS, BLOCK] of `kind`."""
+    normed = value * tl.rsqrt(tl.sum(value * value, axis=1) / dim + eps)[:, None]
+    normed = (normed.to(scale.dtype).to(tl.float32) * scale.to(tl.float32)).to(kind).to(tl.float32)  # rounded as rms_norm rounds
+    return (normed * opening * tl.sigmoid(opening)).to(kind)

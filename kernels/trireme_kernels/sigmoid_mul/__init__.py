@@ -1,0 +1,1 @@
+"""sigmoid_mul: rows times the sigmoid of a gate."""
