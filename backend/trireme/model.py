@@ -37,6 +37,7 @@ class TritonPythonModel:
         return auto_complete_model_config
 
     def initialize(self, args: dict[str, str]) -> None:
+        from trireme.core.garbage import settle
         from trireme.core.refusal import Refusal
 
         config = json.loads(args["model_config"])
@@ -49,6 +50,7 @@ class TritonPythonModel:
                 case _:
                     from trireme.serve.eplb import Eplb as Role
             self._model = Role(args, config)
+            settle()
         except Refusal as refusal:
             raise pb_utils.TritonModelException(str(refusal)) from None
 

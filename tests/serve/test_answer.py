@@ -264,6 +264,23 @@ def test_tokens_alone_without_a_tokenizer():
     assert answer.outputs() == {"text_output": [""], "output_ids": [7, 8]}
 
 
+def test_text_is_not_made_where_only_tokens_are_wanted(text):
+    order = read_order({"input_ids": [1, 2], "stream": [True]}, {}, ["output_ids"])
+    answer, tokens = Answer(order, Sampling(max_tokens=9), [1, 2], "", text), text.encode("ok 😀")
+    for token in tokens:
+        answer.take(emit([token]))
+        assert answer.outputs() == {"output_ids": [token]}
+    answer.take(emit([], "stop"))
+    assert answer.outputs() == {"output_ids": []}  # how it ended may matter to somebody
+
+
+def test_a_stop_string_ends_it_where_only_tokens_are_wanted(text):
+    order = read_order({"text_input": [b"hi"], "return_output_ids": [True]}, {}, ["output_ids"])
+    answer, tokens = Answer(order, Sampling(max_tokens=9, stop=("France",)), [1, 2], "", text), text.encode("of France is")
+    assert answer.take(emit(tokens)) and answer.done
+    assert len(answer.outputs()["output_ids"]) < len(tokens)
+
+
 def test_errors_end_it(text):
     answer = make(text, n=2)
     answer.take(emit([], "deadline", error=Refusal("too late", kind="deadline")))

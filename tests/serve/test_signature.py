@@ -68,6 +68,14 @@ def test_outputs_only_when_asked():
     assert read.returns == {"cumulative_logprob"} and sampling(read).logprobs == 0
 
 
+def test_a_client_that_names_outputs_gets_no_others():
+    tensors = {"input_ids": [1, 2], "return_finish_reason": [True]}
+    read = read_order(tensors, {}, ["output_ids"])
+    assert read.returns == {"output_ids"} and not read.writes
+    assert read_order(tensors, {}, ["text_output", "finish_reason"]).returns == {"finish_reason"}
+    assert order(**tensors).writes
+
+
 @pytest.mark.parametrize(
     ("tensors", "parameters", "sentence"),
     [

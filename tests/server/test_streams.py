@@ -30,14 +30,16 @@ class Stream:
         self.replies: queue.Queue = queue.Queue()
         self.client.start_stream(lambda result, error: self.replies.put((result, error)))
 
-    def ask(self, **inputs: list[Any]) -> None:
+    def ask(self, *outputs: str, **inputs: list[Any]) -> None:
+        """`outputs`: those wanted; none named: all there are."""
         tensors = []
         for name, values in inputs.items():
             kind = TYPES.get(name, "INT32")
             tensor = grpc.InferInput(name, [len(values)], kind)
             tensor.set_data_from_numpy(np.array([v.encode() if isinstance(v, str) else v for v in values], dtype=NUMPY[kind]))
             tensors.append(tensor)
-        self.client.async_stream_infer("llm", tensors, enable_empty_final_response=True)
+        wanted = [grpc.InferRequestedOutput(name) for name in outputs] or None
+        self.client.async_stream_infer("llm", tensors, outputs=wanted, enable_empty_final_response=True)
 
     def next(self) -> tuple[dict[str, list[Any]], bool]:
         """(outputs by name, whether it is the final response); raises the server's error."""
@@ -48,8 +50,8 @@ class Stream:
         final = response.parameters["triton_final_response"].bool_param
         return {output.name: result.as_numpy(output.name).tolist() for output in response.outputs}, final
 
-    def answer(self, **inputs: list[Any]) -> list[dict[str, list[Any]]]:
-        self.ask(**inputs)
+    def answer(self, *outputs: str, **inputs: list[Any]) -> list[dict[str, list[Any]]]:
+        self.ask(*outputs, **inputs)
         responses, final = [], False
         while not final:
             outputs, final = self.next()
@@ -103,6 +105,16 @@ def test_inputs_are_optional_and_of_known_shape(stream):
     assert all(tensor.optional for tensor in config.input) and config.model_transaction_policy.decoupled and config.max_batch_size == 0
     shapes = {tensor.name: list(tensor.shape) for tensor in metadata.inputs}
     assert all(shapes[name] == [1] for name in ("text_input", "stream", "sampling_parameters", "max_tokens", "exclude_input_in_output"))
+
+
+def test_only_the_outputs_that_a_client_names(stream):
+    asked = {"input_ids": [5, 6, 7], "max_tokens": [12], "stream": [True], "ignore_eos": [True], "temperature": [0.0]}
+    every = stream.answer(**asked)
+    tokens = stream.answer("output_ids", **asked)
+    assert all(set(response) == {"text_output", "output_ids"} for response in every)
+    assert all(set(response) == {"output_ids"} for response in tokens)
+    joined = [sum((response["output_ids"] for response in responses), []) for responses in (every, tokens)]
+    assert joined[0] == joined[1] and len(joined[0]) == 12
 
 
 def test_cancelled_stream_gives_its_pages_back(server):

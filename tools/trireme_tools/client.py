@@ -31,10 +31,19 @@ class Client:
     async def __aexit__(self, *exc_info: object) -> None:
         await self._grpc.close()
 
-    async def stream(self, **values: Any) -> AsyncIterator[dict[str, list[Any]]]:
+    def stream(self, **values: Any) -> AsyncIterator[dict[str, list[Any]]]:
         """The responses to one request, outputs by name; texts as str. Refusal with the server's sentence. Leaving the
         loop early cancels the request."""
-        responses: Any = self._grpc.stream_infer(_once({"model_name": self._model, "inputs": tensors(values)}))
+        return self.send(self.request(**values))
+
+    def request(self, *outputs: str, **values: Any) -> dict[str, Any]:
+        """What `send` takes, made ahead. `outputs`: those wanted; none named: all that the model sends."""
+        wanted = [triton_grpc.InferRequestedOutput(name) for name in outputs] or None
+        return {"model_name": self._model, "inputs": tensors(values), "outputs": wanted}
+
+    async def send(self, request: dict[str, Any]) -> AsyncIterator[dict[str, list[Any]]]:
+        """As `stream`."""
+        responses: Any = self._grpc.stream_infer(_once(request))
         try:
             async for result, error in responses:
                 if error is not None:

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -45,24 +46,33 @@ async def _drive(
 ) -> tuple[list[Record], float]:
     gate, records = asyncio.Semaphore(concurrency), []
     async with Client(url) as client:
+        requests = [_request(client, ask) for ask in workload]  # made ahead: it takes as long as a step
         began = time.perf_counter()
 
-        async def one(ask: Ask, at: float) -> None:
+        async def one(ask: Ask, request: dict[str, Any], at: float) -> None:
             await asyncio.sleep(max(0.0, at - (time.perf_counter() - began)))
             async with gate:
                 records.append(record := Record(len(ask.prompt), time.perf_counter() - began))
-                await _one(client, ask, record, began)
+                await _one(client, ask, request, record, began)
             progress(1)
 
-        await asyncio.gather(*(one(ask, at) for ask, at in zip(workload, send_at, strict=True)))
+        tasks = []
+        for ask, request, at in zip(workload, requests, send_at, strict=True):
+            tasks.append(asyncio.create_task(one(ask, request, float(at))))
+            await asyncio.sleep(0)  # else none leaves before all have begun
+        await asyncio.gather(*tasks)
         return records, time.perf_counter() - began
 
 
-async def _one(client: Client, ask: Ask, record: Record, began: float) -> None:
+def _request(client: Client, ask: Ask) -> dict[str, Any]:
     sampling = {"max_tokens": ask.num_output, "temperature": ask.temperature, "ignore_eos": True}
+    return client.request("output_ids", input_ids=ask.prompt, stream=True, **sampling)
+
+
+async def _one(client: Client, ask: Ask, request: dict[str, Any], record: Record, began: float) -> None:
     last = record.sent
     try:
-        async for response in client.stream(input_ids=list(ask.prompt), stream=True, **sampling):
+        async for response in client.send(request):
             now, tokens = time.perf_counter() - began, len(response.get("output_ids", []))
             record.arrivals += [last + (now - last) * (i + 1) / tokens for i in range(tokens)] if record.arrivals else [now] * tokens
             last = now

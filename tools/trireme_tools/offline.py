@@ -14,6 +14,7 @@ from typing import NamedTuple
 import msgspec
 from rich.console import Console
 
+from trireme.core.garbage import settle, unsettle
 from trireme.core.refusal import Refusal
 from trireme.core.request import Emission, Request, Sampling
 from trireme.core.settings import Settings
@@ -43,8 +44,10 @@ def running(settings: Settings, launcher: Launcher | None = None) -> Iterator[En
     try:
         with Console(stderr=True).status(f"starting {settings.num_stages} stage(s) of {Path(settings.model).name}"):
             engine.wait_ready(settings.start_timeout_s)
+        settle()
         yield engine
     finally:
+        unsettle()
         engine.stop()
         stages.stop()
         if balancing is not None:

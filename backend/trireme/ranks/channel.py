@@ -140,6 +140,7 @@ class RankChannel:
     def __init__(self, run_dir: Path, stage: int, rank: int, life: int, leave: int | None = None):
         orders, answers = socket_paths(run_dir, stage, rank, life)
         self._rank, self._life, self._leave = rank, life, leave
+        self.lives_once = leave is None  # its process ends with this life
         self._context = zmq.Context()
         self._orders, self._answers = _socket(self._context, zmq.PULL), _socket(self._context, zmq.PUSH)
         self._orders.connect(f"ipc://{orders}")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import gc
 import os
 import signal
 import sys
@@ -22,6 +21,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from trireme.core.garbage import settle
 from trireme.core.refusal import Refusal
 from trireme.ranks.channel import Beat, Left, RankChannel
 from trireme.ranks.launch import Brief
@@ -81,6 +81,8 @@ def serve(brief: Brief, channel: RankChannel, heart: Heart) -> None:
         heart.tell(Beat("failed", str(refusal)))
         while True:
             channel.receive()  # until the leader has heard it and ends this rank
+    if channel.lives_once:  # else the pool's process would keep what this life leaves behind
+        settle()
     heart.tell(Beat("ready", "", runner.num_pages, runner.num_snapshots, runner.room.activations))
     Duty(brief, channel, runner).do()
 
@@ -100,8 +102,7 @@ def _live_on(serve: Serve, pool: Connection) -> None:
     with contextlib.suppress(EOFError):
         while True:
             _live(serve, msgspec.json.decode(pool.recv_bytes(), type=Brief), leave=pool.fileno())
-            gc.collect()  # groups and caches in cycles
-            gc.freeze()  # what is left is torch's and ours for ever; looking at it again would take 0.1 s each time
+            settle()  # groups and caches in cycles go; the rest is torch's and ours for ever
             pool.recv_bytes()
             pool.send_bytes(b"left")
 

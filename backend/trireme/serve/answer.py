@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,10 @@ class Answer:
     """
 
     def __init__(self, order: Order, sampling: Sampling, prompt: Sequence[int], prompt_text: str, text: Text | None):
-        self._order, self._sampling, self._text = order, sampling, text
+        self._order, self._text = order, text
+        self._wanted = {*order.returns, *(["text_output"] if order.writes else [])}
+        if sampling.n > 1:
+            self._wanted |= {"index", "num_output_tokens"} if "output_ids" in order.returns else {"index"}
         self._num_input = len(prompt)
         self._prefix = prompt_text if order.echo else ""
         self._sequences = [_Sequence(index, order, sampling, prompt, text) for index in range(sampling.n)]
@@ -57,30 +60,26 @@ class Answer:
         return self._gather(fresh) if fresh else None
 
     def _gather(self, sequences: Sequence[_Sequence]) -> dict[str, Values]:
-        values: dict[str, Values] = {
-            "text_output": [self._prefix + sequence.text for sequence in sequences],
-            "finish_reason": [str(sequence.finish) for sequence in sequences],
-            "num_input_tokens": [self._num_input],
-            "num_output_tokens": [len(sequence.tokens) for sequence in sequences],
-            "output_ids": [token for sequence in sequences for token in sequence.tokens],
-            "cumulative_logprob": [sequence.cumulative for sequence in sequences],
-            "cum_log_probs": [sequence.cumulative for sequence in sequences],
-            "output_log_probs": [entry.value for sequence in sequences for entry in sequence.logprobs],
-        }
-        wanted = {"text_output", *self._order.returns}
+        wanted = self._wanted
+        values: dict[str, Values] = {name: [of(sequence) for sequence in sequences] for name, of in _EACH.items() if name in wanted}
+        if self._prefix and "text_output" in wanted:
+            values["text_output"] = [self._prefix + sequence.text for sequence in sequences]
+        if "num_input_tokens" in wanted:
+            values["num_input_tokens"] = [self._num_input]
+        if "output_ids" in wanted:
+            values["output_ids"] = [token for sequence in sequences for token in sequence.tokens]
+        if "output_log_probs" in wanted:
+            values["output_log_probs"] = [entry.value for sequence in sequences for entry in sequence.logprobs]
         if "logprobs" in wanted:
             values["logprobs"] = [self._json(sequence.logprobs) for sequence in sequences]
         if "routed_experts" in wanted and (ended := [sequence for sequence in sequences if sequence.ends]):
             values["routed_experts"] = np.concatenate([sequence.routed_experts() for sequence in ended])
-        if self._prompt_logprobs is not None:
+        if self._prompt_logprobs is not None and "prompt_logprobs" in wanted:
             values["prompt_logprobs"] = [self._json(self._prompt_logprobs)]
             self._prompt_logprobs = None
-        if self._sampling.n > 1:
-            values["index"] = [sequence.index for sequence in sequences]
-            wanted |= {"index", "num_output_tokens"} if "output_ids" in wanted else {"index"}
         for sequence in sequences:
             sequence.sent()
-        return {name: value for name, value in values.items() if name in wanted}
+        return values
 
     def _json(self, entries: Sequence[Logprobs | None]) -> str:
         """vLLM's schema: a list of {token id: {logprob, rank, decoded_token}}, the sampled token first."""
@@ -109,7 +108,8 @@ class _Sequence:
         self._num_input = len(prompt)
         self._routed: list[np.ndarray] = []  # int16 [rows, numbers of a row] each
         self._order, self._min_tokens = order, sampling.min_tokens
-        self._writer = TokenText(text, prompt=prompt, skip_special_tokens=order.skip_special_tokens) if text else None
+        writes = order.writes or sampling.stop
+        self._writer = TokenText(text, prompt=prompt, skip_special_tokens=order.skip_special_tokens) if text and writes else None
         self._stops = StopText(sampling.stop, include=order.include_stop) if sampling.stop else None
         self._num_tokens = 0  # sent or not
         self._began = self._ended = False  # sent something; sent how it finished
@@ -120,8 +120,9 @@ class _Sequence:
         if emission.routed_experts is not None:
             self._routed.append(emission.routed_experts)
         self.tokens += emission.tokens[:used]
-        self.logprobs += emission.logprobs[:used]
-        self.cumulative += sum(entry.value for entry in emission.logprobs[:used])
+        if emission.logprobs:
+            self.logprobs += emission.logprobs[:used]
+            self.cumulative += sum(entry.value for entry in emission.logprobs[:used])
         self.finish = "stop" if stopped else emission.finish_reason
         if self.finish and not stopped and self._writer:
             self._finish_text()
@@ -156,7 +157,7 @@ class _Sequence:
 
     def worth_sending(self) -> bool:
         """Whether there is news for a stream. Not while text is held back: a first response without text would count as a token."""
-        if self.text or (self.tokens and "output_ids" in self._order.returns):
+        if (self.text and self._order.writes) or (self.tokens and "output_ids" in self._order.returns):
             return True
         return self.finish is not None and not self._ended and (not self._began or bool(self._order.returns))
 
@@ -174,3 +175,13 @@ class _Sequence:
     def sent(self) -> None:
         self.text, self.tokens, self.logprobs = "", [], []
         self._began, self._ended = True, self.finish is not None
+
+
+_EACH: dict[str, Callable[[_Sequence], Any]] = {  # outputs with one value for each of n
+    "text_output": lambda sequence: sequence.text,
+    "finish_reason": lambda sequence: str(sequence.finish),
+    "num_output_tokens": lambda sequence: len(sequence.tokens),
+    "index": lambda sequence: sequence.index,
+    "cumulative_logprob": lambda sequence: sequence.cumulative,
+    "cum_log_probs": lambda sequence: sequence.cumulative,
+}

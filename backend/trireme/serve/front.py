@@ -161,7 +161,8 @@ class Front:
                 _send_error(sender, Refusal("the request could not be read", why=repr(error), kind="internal"))
 
     def _admit(self, request: Any, sender: Any) -> None:
-        order = read_order({tensor.name(): _values(tensor) for tensor in request.inputs()}, json.loads(request.parameters() or "{}"))
+        tensors = {tensor.name(): _values(tensor) for tensor in request.inputs()}
+        order = read_order(tensors, json.loads(request.parameters() or "{}"), request.requested_output_names())
         prompt, prompt_text = self._tokenise(order)
         if order.truncate is not None:
             prompt = prompt[-order.truncate :]

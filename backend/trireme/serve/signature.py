@@ -6,7 +6,7 @@ The names are those of the vLLM backend and of TensorRT-LLM, together; everythin
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -115,6 +115,7 @@ _RETURNS = {
 _RETURNS |= {"return_output_ids": ("output_ids",), "return_log_probs": ("output_log_probs", "cum_log_probs")}
 _NEED_LOGPROBS = {"logprobs", "cumulative_logprob", "output_log_probs", "cum_log_probs"}
 _LISTS = {field.name for field in INPUTS if field.dim == -1}
+_ALL_OUTPUTS = frozenset(field.name for field in OUTPUTS)
 _OF_THE_SERVER = {"id"}  # /generate passes its own fields on as request parameters
 
 
@@ -128,6 +129,7 @@ class Order:
     input_ids: list[int] | None = None
     stream: bool = False
     echo: bool = False  # the prompt's text comes first in text_output
+    writes: bool = True  # text_output is wanted
     returns: frozenset[str] = frozenset()  # outputs besides text_output
     add_special_tokens: bool = True
     chat: dict[str, Any] | None = None  # values for the chat template
@@ -138,10 +140,11 @@ class Order:
     timeout_s: float | None = None
 
 
-def read_order(tensors: Mapping[str, Sequence[Any]], parameters: Mapping[str, Any]) -> Order:
+def read_order(tensors: Mapping[str, Sequence[Any]], parameters: Mapping[str, Any], wanted: Collection[str] = _ALL_OUTPUTS) -> Order:
     """The Order in a request's tensors (flat lists by name) and parameters; Refusal with a sentence.
 
     Where a name is given more than once: tensor, then `sampling_parameters`, then request parameter. null is not given.
+    `wanted`: outputs that the server passes on, which are all unless the client named some; no others are made.
     """
     given = {name: value for name, value in parameters.items() if name not in _OF_THE_SERVER and not name.startswith("triton_")}
     flat = {name: _flat(name, values) for name, values in tensors.items()}
@@ -174,7 +177,8 @@ def read_order(tensors: Mapping[str, Sequence[Any]], parameters: Mapping[str, An
         "input_ids": values.integers("input_ids"),
         "stream": stream,
         "echo": echo if echo is not None else prompts == ["text_input"] and not stream,
-        "returns": frozenset(returns),
+        "writes": "text_output" in wanted,
+        "returns": frozenset(returns.intersection(wanted)),
         "add_special_tokens": values.flag("add_special_tokens", True),
         "chat": {
             "add_generation_prompt": values.flag("add_generation_prompt", True),
@@ -232,15 +236,15 @@ class _Values(dict[str, Any]):
         values = self.pop(name, None)
         if values is None:
             return None
-        if not isinstance(values, list) or not values or not all(type(value) is int for value in values):
+        if not isinstance(values, list) or set(map(type, values)) != {int}:
             raise Refusal(f"{name} is no list of token ids", why="it must hold at least one whole number", fix=f"send {name}=[1, 2, 3]")
         return values
 
 
 def _flat(name: str, values: Sequence[Any]) -> Any:
-    """A tensor's value: one, or a list; bytes become text."""
+    """A tensor's value: one, or a list; bytes become text. Values of a tensor are of one type."""
     try:
-        flat = [value.decode() if isinstance(value, bytes) else value for value in values]
+        flat = [value.decode() for value in values] if len(values) and isinstance(values[0], bytes) else list(values)
     except UnicodeDecodeError as error:
         raise Refusal(f"{name} is not UTF-8", why=str(error), fix="encode the text as UTF-8") from None
     if name in _LISTS:
