@@ -5,15 +5,16 @@ from __future__ import annotations
 from itertools import product
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tiny import tiny_checkpoint
-from trireme.core.settings import make_settings
+from trireme.core.settings import make_settings, revise
 from trireme.core.step import Regime
 from trireme.ranks import runner
 from trireme.ranks.load import load_runner
-from trireme.ranks.regimes import decode_regimes, first_for_good, largest_steps
+from trireme.ranks.regimes import first_for_good, largest_steps, measures_sp, sizes_for_sp
 from trireme_tools.settings_options import settings_of_words
 
 
@@ -30,6 +31,17 @@ from trireme_tools.settings_options import settings_of_words
 )
 def test_a_regime_is_taken_where_it_pays_for_good_and_at_the_last_size_anyway(pays, size):
     assert first_for_good((1, 2, 3), pays) == size
+
+
+@pytest.mark.parametrize(
+    ("max_num_seqs", "num_drafts", "sizes"),
+    [(8, 0, (64, 128, 256, 512, 1024, 2048)), (64, 3, (256, 512, 1024, 2048)), (256, 0, (512, 1024, 2048)), (3000, 0, (3001,))],
+)
+def test_sequence_parallelism_that_is_measured_begins_beyond_decode_steps(max_num_seqs, num_drafts, sizes):
+    settings = make_settings({"model": "m", "tensor_parallel_size": 2, "sequence_parallel": "on", "max_num_seqs": max_num_seqs})
+    assert sizes_for_sp(settings, num_drafts) == sizes
+    assert measures_sp(settings, torch.device("cuda")) and not measures_sp(settings, torch.device("cpu"))
+    assert not measures_sp(revise(settings, {"sequence_parallel": 64}), torch.device("cuda"))
 
 
 @given(
@@ -86,19 +98,3 @@ def test_a_rank_passes_the_largest_step_of_every_regime_alone(tmp_path, monkeypa
         cp = (False, True) if settings.context_parallel_size > 1 else (False,)
         assert set(passed) == {Regime(sp, each) for sp in (False, True) for each in cp}
         passed.clear()
-
-
-@pytest.mark.parametrize(
-    ("sp", "rows", "found"),
-    [
-        ("off", range(1, 9000), [False]),
-        (16, range(1, 16), [False]),
-        (16, range(9, 17), [False, True]),
-        (16, range(16, 25), [True]),
-        ("on", range(1, 64), [False]),  # what GPUs measure is from 64 rows on
-        ("on", range(49, 65), [False, True]),
-    ],
-)
-def test_decodes_have_every_regime_that_may_be_asked_for(sp, rows, found):
-    settings = make_settings({"model": "m", "tensor_parallel_size": 2, "sequence_parallel": sp})
-    assert decode_regimes(settings, rows) == [Regime(sp=on) for on in found]

@@ -26,7 +26,7 @@ from trireme.core.step import PAGE, Regime
 from trireme.models.decoder import Computed, Decoder
 from trireme.parallel.comm import reach
 from trireme.parallel.deal import Deal
-from trireme.ranks.regimes import decode_regimes
+from trireme.ranks.regimes import measures_sp
 from trireme.ranks.rows import Rows
 from trireme.ranks.staging import upload
 
@@ -68,14 +68,14 @@ def buckets(max_num_seqs: int) -> list[int]:
 def shapes(settings: Settings, decoder: Decoder) -> list[Shape]:
     """Those of every decode step that a front may ask for, largest first: with one row a sequence, or while drafts are made with
     up to num_tokens more."""
-    found = []
+    found, sp_from = [], None if measures_sp(settings, decoder.build.device) else settings.sp_from
     for width in range(1, 2 + decoder.build.plan.mtp):
         most = settings.max_num_seqs if width == 1 else min(settings.max_num_seqs, settings.mtp.max_batch_size)
         sizes = buckets(most)
         for below, items in zip([0, *sizes], sizes, strict=False):
             rows = range(below + width, items * width + 1)  # one sequence of width rows, others of one; all of width
-            regimes = [regime for regime in decode_regimes(settings, rows) if decoder.has_whole_edges(regime)]
-            found += [Shape(items, width, regime) for regime in regimes]
+            named = dict.fromkeys(Regime.of([each], sp_from, 1) for each in rows)
+            found += [Shape(items, width, regime) for regime in named if decoder.has_whole_edges(regime)]
     return sorted(found, key=lambda shape: shape.num_rows, reverse=True)
 
 

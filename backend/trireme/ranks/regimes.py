@@ -14,10 +14,24 @@ from trireme.models.decoder import Decoder
 from trireme.parallel.comm import reach
 from trireme.parallel.deal import Deal
 
-_MEASURED = (64, 128, 256, 512, 1024, 2048)  # rows
-_SP_AT_LATEST = _MEASURED[-1]  # it is on there, since it saves memory even where it saves no time
+_MEASURED = (64, 128, 256, 512, 1024)  # rows
+_SP_AT_LATEST = 2048  # it is on there, since it saves memory even where it saves no time
 _WARM_UPS, _PASSES, _ROUNDS = 3, 10, 3
 _AHEAD_CYCLES = 20_000_000  # that the device sleeps, so that it does not wait for the host in between: 10 ms of an H100
+
+
+def measures_sp(settings: Settings, device: torch.device) -> bool:
+    """Whether ranks find out from how many rows on sequence parallelism pays. It is then none of fewer rows than decode steps may have,
+    so that graphs are made before it is known."""
+    return device.type != "cpu" and settings.sequence_parallel == "on" and settings.sp_from is not None
+
+
+def sizes_for_sp(settings: Settings, num_drafts: int) -> tuple[int, ...]:
+    """Rows from which sequence parallelism may be on, where that is measured: more than any decode step has. From the last on it is."""
+    drafting = min(settings.max_num_seqs, settings.mtp.max_batch_size)
+    decodes = max(settings.max_num_seqs, drafting * (1 + num_drafts))
+    latest = max(_SP_AT_LATEST, decodes + 1)
+    return *(rows for rows in _MEASURED if rows > decodes), latest
 
 
 def largest_steps(settings: Settings, regimes: Iterable[Regime], most_rows: int, num_drafts: int) -> Iterator[tuple[np.ndarray, Regime]]:
@@ -26,7 +40,8 @@ def largest_steps(settings: Settings, regimes: Iterable[Regime], most_rows: int,
     for regime in regimes:
         rows, least = most_rows, 1
         if settings.sp_from is not None and not regime.sp:
-            rows = min(rows, (_SP_AT_LATEST if settings.sequence_parallel == "on" else settings.sp_from) - 1)
+            latest = sizes_for_sp(settings, num_drafts)[-1] if settings.sequence_parallel == "on" else settings.sp_from
+            rows = min(rows, latest - 1)
         if settings.context_parallel_size > 1:
             short = 2 * settings.context_parallel_size  # an item of fewer rows is not cut
             if regime.cp:
@@ -35,15 +50,6 @@ def largest_steps(settings: Settings, regimes: Iterable[Regime], most_rows: int,
                 rows = min(rows, settings.max_num_seqs * max(1 + num_drafts, 2 * (short - 1)))
         if rows >= least:
             yield spread(rows, min(settings.max_num_seqs, rows // least)), regime
-
-
-def decode_regimes(settings: Settings, rows: range) -> list[Regime]:
-    """Those that steps of decodes may have, of so many rows in all."""
-    if settings.sp_from is None:
-        return [Regime()]
-    measured = settings.sequence_parallel == "on"
-    first, last = (_MEASURED[0], _SP_AT_LATEST) if measured else (settings.sp_from,) * 2
-    return [*[Regime()] * (rows[0] < last), *[Regime(sp=True)] * (rows[-1] >= first)]
 
 
 def spread(num_rows: int, num_items: int) -> np.ndarray:
@@ -57,14 +63,15 @@ def find_sp_from(settings: Settings, decoder: Decoder, give_up: Callable[[], boo
     or there is no GPU. All ranks of a stage call it together; the front hears rank 0. LinkLost where others do not come, in time or
     before `give_up` says so."""
     build, plain, cut = decoder.build, [], []
-    if build.device.type == "cpu" or settings.sequence_parallel != "on" or not build.plan.sp:
+    if not measures_sp(settings, build.device):
         return None
-    for num_rows in _MEASURED:
+    sizes = sizes_for_sp(settings, build.plan.mtp)
+    for num_rows in sizes:
         for regime, found in ((Regime(), plain), (Regime(sp=True), cut)):
             deal = Deal(build.plan, build.rank, np.array([num_rows], np.int32), regime, build.device)
             found.append(_seconds(decoder.inner_seams(deal), lambda event: reach(event, settings.step_timeout_s, give_up)))
-    rows = first_for_good(_MEASURED, [one <= other for one, other in zip(cut, plain, strict=True)])
-    times = ", ".join(f"{size}: {one * 1e6:.0f} / {other * 1e6:.0f}" for size, one, other in zip(_MEASURED, cut, plain, strict=True))
+    rows = first_for_good(sizes, [one <= other for one, other in zip(cut, plain, strict=True)])
+    times = ", ".join(f"{size}: {one * 1e6:.0f} / {other * 1e6:.0f}" for size, one, other in zip(sizes, cut, plain, strict=True))
     log = logger(f"stage_{build.stage} rank {build.rank}")
     log.info("sequence parallelism pays from %d rows on; us of a layer's seams with it / without: %s", rows, times)
     return rows
