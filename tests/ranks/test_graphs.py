@@ -68,14 +68,14 @@ class Advances:
     def plan(self, counts, replays, holds) -> None:
         self._counts, self._plan = counts, self._op.plan(counts, replays, holds)
 
-    def run(self, qkv, a, b, *rest):
+    def run(self, qkv, a, b, gate, *rest):
         *shared, slots, fresh = rest
-        num_items, num_heads, value_dim = len(self._counts), shared[4].shape[1], shared[4].shape[3]
+        num_items = len(self._counts)
         assert len(qkv) == self._num_items * self._width and len(slots) == self._num_items
-        out = qkv.new_zeros(len(qkv), num_heads, value_dim)
+        out = torch.zeros_like(gate)
         if num_items:
             at = torch.from_numpy(np.concatenate([item * self._width + np.arange(count) for item, count in enumerate(self._counts)]))
-            out[at] = self._op.run(qkv[at], a[at], b[at], *shared, slots[:num_items], fresh[:num_items], self._plan)
+            out[at] = self._op.run(qkv[at], a[at], b[at], gate[at], *shared, slots[:num_items], fresh[:num_items], self._plan)
         return out
 
 
