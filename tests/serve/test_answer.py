@@ -278,7 +278,8 @@ def test_a_stop_string_ends_it_where_only_tokens_are_wanted(text):
     order = read_order({"text_input": [b"hi"], "return_output_ids": [True]}, {}, ["output_ids"])
     answer, tokens = Answer(order, Sampling(max_tokens=9, stop=("France",)), [1, 2], "", text), text.encode("of France is")
     assert answer.take(emit(tokens)) and answer.done
-    assert len(answer.outputs()["output_ids"]) < len(tokens)
+    outputs = answer.outputs()
+    assert outputs is not None and len(outputs["output_ids"]) < len(tokens)
 
 
 def test_errors_end_it(text):

@@ -50,8 +50,8 @@ class Stream:
         final = response.parameters["triton_final_response"].bool_param
         return {output.name: result.as_numpy(output.name).tolist() for output in response.outputs}, final
 
-    def answer(self, *outputs: str, **inputs: list[Any]) -> list[dict[str, list[Any]]]:
-        self.ask(*outputs, **inputs)
+    def answer(self, *wanted: str, **inputs: list[Any]) -> list[dict[str, list[Any]]]:
+        self.ask(*wanted, **inputs)
         responses, final = [], False
         while not final:
             outputs, final = self.next()
@@ -113,7 +113,7 @@ def test_only_the_outputs_that_a_client_names(stream):
     tokens = stream.answer("output_ids", **asked)
     assert all(set(response) == {"text_output", "output_ids"} for response in every)
     assert all(set(response) == {"output_ids"} for response in tokens)
-    joined = [sum((response["output_ids"] for response in responses), []) for responses in (every, tokens)]
+    joined = [[token for response in responses for token in response["output_ids"]] for responses in (every, tokens)]
     assert joined[0] == joined[1] and len(joined[0]) == 12
 
 
