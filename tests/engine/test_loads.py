@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -62,6 +63,37 @@ def test_per_pass_keeps_each(monkeypatch):
         recorder.dump()
 
 
-def test_unknown_mode():
-    with pytest.raises(Refusal, match="per_token"):
-        Recorder().start("per_token")  # type: ignore[arg-type]
+def told(*numbers: int, width: int = 6) -> dict[str, bytes]:
+    """Of a push: a row of each step, with experts that are its number."""
+    rows = np.array([(0, number, 3, 2 * number) for number in numbers], np.int32)
+    return {"rows": rows.tobytes(), "experts": np.repeat(np.array(numbers).astype(np.int16), width).tobytes()}
+
+
+def test_per_token_keeps_the_experts_of_every_row():
+    recorder, loads = Recorder(), np.ones((2, 4), np.int32)
+    recorder.start("per_token")
+    for numbers in ((1, 2), (), (3,)):
+        push = msgspec.structs.replace(a_push(9, loads), **told(*numbers), left_out=len(numbers))
+        recorder.push(push, loads, num_chosen=3)
+    recorder.stop()
+    assert recorder.query() == {"mode": None, "num_pushes": 3, "left_out": 0, "num_rows": 3, "rows_left_out": 3}
+    found = recorder.dump()
+    assert found["stage_0.rows"].tolist() == [[0, 1, 3, 2], [0, 2, 3, 4], [0, 3, 3, 6]]
+    assert found["stage_0.experts"].tolist() == [[[number] * 3] * 2 for number in (1, 2, 3)]
+    assert found["stage_0.loads"].shape == (3, 2, 4)
+    recorder.forget()
+    with pytest.raises(Refusal, match="no loads were recorded"):
+        recorder.dump()
+    recorder.start("per_token", 1)
+    recorder.push(msgspec.structs.replace(a_push(9, loads), **told(*range(50_000))), loads, num_chosen=3)
+    assert recorder.query()["num_rows"] == (1 << 20) // 28 and recorder.query()["rows_left_out"] == 50_000 - (1 << 20) // 28
+    assert recorder.dump()["stage_0.rows"][-1, 1] == 49_999  # the newest stay
+
+
+@pytest.mark.parametrize(
+    ("asked", "why"),
+    [(("per_week", None), "no such mode"), (("stat", 8), "its record is small"), (("per_token", 0), "memory of this process")],
+)
+def test_wrong_recordings_are_refused(asked, why):
+    with pytest.raises(Refusal, match=why):
+        Recorder().start(*asked)

@@ -38,6 +38,29 @@ def test_pushes_that_wait_go_as_one():
     courier.stop()
 
 
+def test_the_wish_for_rows_is_told_once_and_ends_with_the_service():
+    answers, offers = (
+        iter([Offer(records=True), Offer(records=True), ConnectionError("not healthy"), ConnectionError("gone")]),
+        SimpleQueue(),
+    )
+    left = threading.Semaphore(0)
+
+    def ask(_: Push) -> Offer:
+        left.release()
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    courier = Courier("stage_0", ask)
+    courier.start(offers.put)
+    for number in range(4):
+        courier.push(push(number))
+        assert left.acquire(timeout=10)
+    courier.stop()
+    assert [offers.get(timeout=10).records for _ in range(2)] == [True, False] and offers.empty()
+
+
 def test_a_dead_service_is_asked_again():
     answers, offers = iter([ConnectionError("not healthy"), Offer(), Offer(8, {0: b""})]), SimpleQueue()
     left = threading.Semaphore(0)

@@ -94,8 +94,14 @@ def test_records_go_to_the_folder_and_back_as_first_maps(checkpoint, tmp_path):
     assert any(maps) and all(set(map_.tolist()) == set(range(8)) and len(map_) == 10 for of_stage in maps for map_ in of_stage.values())
     with pytest.raises(Refusal, match=r"eplb\.state is not set"):
         Balancing(settings(checkpoint)).query("dump")
-    with pytest.raises(Refusal, match="no such mode"):
-        balancing.query("start everything")
+    for words, why in {
+        "start everything": "no such mode",
+        "start per_token many": "no limit of memory",
+        "start per_token 64 MiB": "too many words",
+        "stop it": "too many words",
+    }.items():
+        with pytest.raises(Refusal, match=why):
+            balancing.query(words)
 
 
 def test_first_maps_are_trivial(checkpoint):

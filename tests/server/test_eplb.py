@@ -9,13 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from server.process import ServerProcess
 from server.test_life import ask_many
 from server.test_parallel import SIZES, answers_of
 from tiny import greedy_tokens, random_prompts, tiny_checkpoint
-from trireme_tools.eplb import show
+from trireme.engine.eplb_file import read
+from trireme_tools.eplb import show, simulate
 
 RANKS = {"tensor_parallel_size": 2, "expert_parallel_size": 2, "max_num_batched_tokens": 64}
 RESTLESS = {"num_redundant_experts": 2, "interval": 4, "count_every": 2, "layers_per_step": 1, "min_gain": -1.0}  # every look moves
@@ -111,6 +113,48 @@ def test_serving_goes_on_without_the_service(two_stages, prompts, expected):
         assert answers_of(two_stages, prompts, NUM_TOKENS) == expected
         assert time.monotonic() < deadline, two_stages.log[-4000:]
     assert two_stages.metric("faults_total") == 0 and two_stages.metric("stage_rank_restarts") == 0
+
+
+def test_experts_of_every_row_are_recorded(mixture, prompts, expected, tmp_path):
+    """What the service writes of a sequence's rows is what its user is told; experts move meanwhile, tokens are the same."""
+    eplb = {**RESTLESS, "state": str(tmp_path / "state")}
+    with ServerProcess(tmp_path, model=str(mixture), pipeline_parallel_size=2, eplb=eplb, **RANKS) as server:
+        assert ask(server, "start per_token 8")[1] == {
+            "mode": "per_token",
+            "num_pushes": 0,
+            "left_out": 0,
+            "num_rows": 0,
+            "rows_left_out": 0,
+        }
+        deadline = time.monotonic() + 60
+        while not ask(server, "state")[1]["recording"]["num_rows"]:  # stages hear of it with their next push
+            assert answers_of(server, prompts[:1], NUM_TOKENS) == expected[:1]
+            assert time.monotonic() < deadline, server.log[-4000:]
+        told = server.generate(input_ids=prompts[3], max_tokens=NUM_TOKENS, ignore_eos=True, return_routed_experts=True)[1]
+        assert answers_of(server, prompts, NUM_TOKENS) == expected
+        assert ask(server, "stop")[1]["rows_left_out"] == 0
+        file = Path(ask(server, "dump")[1]["file"])
+        status, error = ask(server, "dump")
+        assert status == 400 and "no loads were recorded" in error
+        assert answers_of(server, prompts, NUM_TOKENS) == expected
+        assert server.metric("faults_total") == 0
+    contents, notes = read(file), json.loads(file.with_suffix(".json").read_text())
+    assert notes["stage_0.layers"] == ["0"] and notes["stage_1.layers"] == ["2", "3"]
+    wanted = np.array(told["routed_experts"]).reshape(len(prompts[3]) + NUM_TOKENS, 3, 3)[:-1]
+    assert _has(contents.arrays, "stage_0", wanted[:, :1]) and _has(contents.arrays, "stage_1", wanted[:, 1:])
+    simulate(file, slots=10, ranks=2, output=tmp_path / "simulated.png")
+
+
+def _has(arrays: dict[str, np.ndarray], stage: str, wanted: np.ndarray) -> bool:
+    """Whether the rows of one sequence, [rows, layers, experts of a row], stand there from position 0 on, in their order."""
+    rows, experts = arrays[f"{stage}.rows"], arrays[f"{stage}.experts"]
+    for slot in np.unique(rows[:, 2]):
+        here, at = rows[rows[:, 2] == slot], experts[rows[:, 2] == slot]
+        for first in np.flatnonzero(here[:, 3] == 0):
+            part = slice(first, first + len(wanted))
+            if (here[part, 3] == np.arange(len(here[part]))).all() and np.array_equal(at[part], wanted):
+                return True
+    return False
 
 
 def test_maps_outlive_the_server(mixture, prompts, expected, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -83,7 +84,7 @@ def steps_around_moves(bars: Sequence[Bar], batch: int, history: Sequence[dict[s
     commits stalled, and the step that is longest for its neighbours, near commits and elsewhere. Milliseconds. A step takes from
     the end of the one before to its own."""
     bars = sorted(bars, key=lambda bar: (bar.epoch, bar.number))
-    pairs = [(before, bar) for before, bar in zip(bars, bars[1:], strict=False) if before.rows == bar.rows == batch]
+    pairs = [(before, bar) for before, bar in pairwise(bars) if before.rows == bar.rows == batch]
     if len(pairs) < 4 * _NEIGHBOURS:
         why = f"{len(pairs)} steps decoded {batch} sequences each"
         raise Refusal("too few decode steps", why=why, fix="raise --output-len, and give max_num_seqs and steps room for the batch")

@@ -108,6 +108,9 @@ class Push(msgspec.Struct, frozen=True, tag="push"):
     moved_bytes: int = 0
     stalled_s: float = 0.0  # that commits took
     fault: str = ""  # why the last offer was not taken, or empty
+    rows: bytes = b""  # int32 [n, columns of ToldRows], where the service records the experts of every row
+    experts: bytes = b""  # int16 [n, layers with experts, experts of a row]
+    left_out: int = 0  # rows that were too many to be told
 
 
 class Offer(msgspec.Struct, frozen=True, tag="offer"):
@@ -115,6 +118,7 @@ class Offer(msgspec.Struct, frozen=True, tag="offer"):
 
     version: int = 0
     maps: dict[int, bytes] = {}  # as in Prepare
+    records: bool = False  # whether the experts of every row shall be told
 
 
 Ask = Status | Found | Join | Prepare  # the last is for ranks only

@@ -96,6 +96,7 @@ class Step(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     counts_loads: bool = False  # whether ranks report the loads of their experts with this step
     routed: bytes = b""  # int32: items of which the experts of every row are told
     maps: list[int] = []  # version of each stage's expert maps from this step on; empty: none was ever changed
+    records: bool = False  # whether stages tell the service that balances experts of those of every row
 
     @property
     def regime(self) -> Regime:
@@ -159,6 +160,9 @@ class Outcome(msgspec.Struct, frozen=True, array_like=True, tag="outcome"):
     loads: bytes = b""  # int32 [layers with experts, num_experts]: rows that each was given since the last report
     map_ready: int = 0  # version of the stage's expert maps that all its ranks have prepared, or have
     stalled_s: float = 0.0  # that this step waited for new maps to be put in force
+    # int16 [Step.num_rows, layers with experts, experts of a row] of Step.records, as in routed_experts; goes no further than the leader
+    recorded: bytes = b""
+    records: bool = False  # whether the stage's service wants steps that record
 
 
 _encoder = msgspec.msgpack.Encoder()

@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 
 from trireme.core.control import Offer, Push
 from trireme.core.maps import is_legal
 from trireme.core.refusal import Refusal
 from trireme.core.settings import Eplb
+from trireme.core.told import COLUMNS
 from trireme.engine import eplb_file
 from trireme.engine.eplb_file import Contents, Origin
 from trireme.engine.loads import WINDOWS, LoadWindows, Recorder
@@ -36,6 +38,7 @@ class StageExperts(NamedTuple):
     layers: tuple[str, ...]  # their names in metrics, in the order of Push.loads: "0", "1", ..., "mtp"
     slots: Slots
     expert_bytes: int  # what a rank receives for one expert
+    num_chosen: int = 1  # experts of a row
 
 
 def initial_maps(eplb: Eplb, stages: Sequence[StageExperts], origin: Origin) -> list[np.ndarray]:
@@ -91,13 +94,20 @@ class Balancer:
             raise Refusal(what, why="they would be counted for others", fix="give stages and `eplb` the same settings")
         if loads.size:
             loads = loads.reshape(shape)
-            self.recorder.push(push, loads)
+            self.recorder.push(push, loads, stage.experts.num_chosen)
             stage.windows.push(loads, push.num_steps)
-        return stage.answer(push, now)
+        return msgspec.structs.replace(stage.answer(push, now), records=self.recorder.mode == "per_token")
 
     def dump(self, path: Path) -> None:
-        """What was recorded, as a file for `trireme eplb simulate` or for `initial_map`."""
-        eplb_file.write(path, self._origin, self.recorder.dump())
+        """What was recorded, as a file for `trireme eplb simulate` or for `initial_map`, and beside it what people should know of it.
+        Of a record that was stopped nothing is kept here."""
+        arrays = self.recorder.dump()
+        eplb_file.write(path, self._origin, arrays)
+        layers = {f"stage_{number}.layers": stage.experts.layers for number, stage in enumerate(self._stages)}
+        shapes = {name: {"shape": array.shape, "dtype": str(array.dtype)} for name, array in arrays.items()}
+        notes = {"recording": self.recorder.query(), "columns of rows": COLUMNS, **layers, "arrays": shapes}
+        path.with_suffix(".json").write_text(json.dumps(notes, indent=1) + "\n")
+        self.recorder.forget()
 
     def save(self, folder: Path) -> None:
         """Maps, versions and the latest loads, and beside them history for people: loaded when the service starts again."""

@@ -247,6 +247,7 @@ class Engine:
             self._trace.write(returned.outcomes, step.num_rows, step.num_samples, self._heard_at)
         scheduler.time(step, max(outcome.clock.busy for outcome in returned.outcomes))
         scheduler.maps_ready(outcome.map_ready for outcome in returned.outcomes)
+        scheduler.records = any(outcome.records for outcome in returned.outcomes)
         self._news += scheduler.learn(returned.outcome)
 
     def _expire(self) -> None:

@@ -54,6 +54,7 @@ class Scheduler:
         self.limits = limits
         self.epoch = epoch
         self._maps = maps or [0] * limits.num_stages  # what a step is stamped with: ready in every rank of the stage
+        self.records = False  # whether steps planned from now on tell the service of experts of those of every row
         self.stats = stats or Stats(limits.num_stages)
         self._clock = clock
         self._groups: dict[str, Group] = {}
@@ -230,7 +231,7 @@ class Scheduler:
         self._prompt_rows_in_flight += sheet.prompt_rows
         self._prefilled = sheet.prompt_rows > 0
         self._next_number += 1
-        step = sheet.step(self.epoch, self.limits, self._snapshots, self._maps)
+        step = sheet.step(self.epoch, self.limits, self._snapshots, self._maps, records=self.records)
         self.stats.step_planned(step, falls_back=not mixes and self._prefilled and not step.cp)
         return step
 

@@ -89,7 +89,7 @@ class Sheet:
         routed = list(zip(at.tolist(), starts[at].tolist(), counts[at].tolist(), strict=True))
         return Flight(self.number, self.sequences, ends.tolist(), rows, self.sampled, self.prompt_rows, self.drafts, verifies, routed)
 
-    def step(self, epoch: int, limits: Limits, snapshots: Snapshots, maps: list[int]) -> Step:
+    def step(self, epoch: int, limits: Limits, snapshots: Snapshots, maps: list[int], *, records: bool = False) -> Step:
         """The whole. Snapshots are taken only now: one that is saved by this step is there for the next. `maps`: version of each
         stage's expert maps."""
         slots, starts, counts, samples, replays, nexts = self.items
@@ -118,6 +118,7 @@ class Sheet:
             counts_loads=limits.count_every is not None and (self.number + 1) % limits.count_every == 0,
             routed=ints(self.routed),
             maps=maps if any(maps) else [],
+            records=records,
         )
 
     def _take_snapshots(self, snapshots: Snapshots) -> bytes:

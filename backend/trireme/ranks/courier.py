@@ -12,6 +12,7 @@ import msgspec
 from trireme.core.control import Offer, Push
 from trireme.core.log import logger
 from trireme.core.step import array, ints
+from trireme.core.told import MOST_PUSHED_BYTES, ToldRows
 
 _STOP_S = 5.0  # for a question that is on its way
 
@@ -52,21 +53,27 @@ class Courier:
 
     def _run(self, deliver: Callable[[Offer], None]) -> None:
         answers = True  # whether the service did when it was last asked
+        records = False  # whether it wants the experts of every row
         while (push := self._take()) is not None:
             try:
                 offer = self._ask(push)
             except Exception as error:
                 if answers:
                     self._log.warning("loads of experts reach nobody, maps stay as they are: %s", error)
-                answers = False
-                continue
-            answers = True
-            if offer.version:
+                answers, offer = False, Offer()
+            else:
+                answers = True
+            if offer.version or offer.records != records:
+                records = offer.records
                 deliver(offer)
 
 
 def together(first: Push, then: Push) -> Push:
     """Two pushes of a stage as one, which is of the maps that the stage had last."""
+    told = ToldRows(MOST_PUSHED_BYTES)
+    for push in (first, then):
+        told.add(push.rows, push.experts, push.left_out)
+    rows, experts, left_out = told.take()
     return msgspec.structs.replace(
         then,
         loads=ints(array(first.loads) + array(then.loads)),
@@ -74,4 +81,7 @@ def together(first: Push, then: Push) -> Push:
         moved_bytes=first.moved_bytes + then.moved_bytes,
         stalled_s=first.stalled_s + then.stalled_s,
         fault=then.fault or first.fault,
+        rows=rows,
+        experts=experts,
+        left_out=left_out,
     )

@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,7 +37,8 @@ from trireme.core.control import (
 )
 from trireme.core.log import logger
 from trireme.core.settings import Settings
-from trireme.core.step import Outcome, Step, array, peek_step
+from trireme.core.step import Outcome, Step, array, ints, peek_step
+from trireme.core.told import MOST_PUSHED_BYTES, ToldRows
 from trireme.ranks import channel
 from trireme.ranks.launch import Launcher, LocalLauncher
 from trireme.ranks.maps import StageMaps
@@ -63,6 +64,7 @@ class _Call:
     map_version: int = 0  # of the expert maps that a step is stamped with
     counts_loads: bool = False
     tells_experts: bool = False  # of rows that each may have a part of
+    rows: bytes = b""  # of a step that records: those of ToldRows
     prepare: Prepare | None = None  # what a rank may fail to do, and the epoch goes on
 
 
@@ -88,6 +90,8 @@ class Leader:
         self._order: StepOrder[_Call] = StepOrder(stage, settings.inflight)
         self._maps, self._push = StageMaps(maps or {}), push
         self._num_uncounted = 0  # steps since the last push
+        self._records = False  # whether the service wants the experts of every row
+        self._told = ToldRows(MOST_PUSHED_BYTES)  # since the last push
         self._calls: dict[int, _Call] = {}  # by ticket, with the ranks
         self._tickets = itertools.count(channel.BREAK + 1)
         self._due: list[tuple[Done, Answer | Parcel]] = []  # answers to hand out once the lock is free
@@ -116,6 +120,9 @@ class Leader:
     def prepare(self, offer: Offer) -> None:
         """New expert maps for this stage. Its ranks lay them ready while steps go on; what became of it the next Push says."""
         with self._locked():
+            if not offer.records:
+                self._told.take()
+            self._records = offer.records
             self._maps.offer(offer)
             self._order_maps()
 
@@ -136,6 +143,7 @@ class Leader:
                 version = step.maps[self._stage] if step.maps else 0
                 call = _Call(done, parcel, step.epoch, step.number, map_version=version)
                 call.counts_loads, call.tells_experts = step.counts_loads, bool(step.routed)
+                call.rows = _rows_of(step) if step.records else b""
                 self._take_step(step, packed, call)
             elif isinstance(message, Prepare):
                 self._refuse(_Call(done, parcel, message.epoch), "map", "expert maps come from a stage's own side")
@@ -350,22 +358,29 @@ class Leader:
         if call.number < 0:
             return first
         self._num_uncounted += 1
-        if not (call.counts_loads or call.tells_experts) and self._maps.settled and self._maps.ready == call.map_version:
+        tells = call.counts_loads or call.tells_experts or call.rows or self._records
+        if not tells and self._maps.settled and self._maps.ready == call.map_version:
             return first
         outcomes = [open_answer(call.answers[rank].packed) for rank in sorted(call.answers)]
         outcomes = [outcome for outcome in outcomes if isinstance(outcome, Outcome)]
         if call.epoch == self._order.epoch and not self._order.is_over:
             self._maps.computed(call.map_version, max(outcome.stalled_s for outcome in outcomes))
+        recorded = _together([outcome.recorded for outcome in outcomes])
+        if recorded and self._records:
+            self._told.add(call.rows, recorded)
         loads = [array(outcome.loads) for outcome in outcomes if outcome.loads]
         if loads and self._push is not None:
-            self._pushes.append(self._maps.push(self._stage, call.number, call.map_version, np.sum(loads, axis=0), self._num_uncounted))
+            push = self._maps.push(self._stage, call.number, call.map_version, np.sum(loads, axis=0), self._num_uncounted)
+            rows, experts, left_out = self._told.take()
+            self._pushes.append(msgspec.structs.replace(push, rows=rows, experts=experts, left_out=left_out))
             self._num_uncounted = 0
-        routed = [np.frombuffer(outcome.routed_experts, np.int16) for outcome in outcomes if outcome.routed_experts]
         answer = msgspec.structs.replace(
             outcomes[0],
             loads=b"",
             map_ready=self._maps.ready,
-            routed_experts=np.max(routed, axis=0).tobytes() if routed else b"",  # each row from the rank that does not say -1
+            routed_experts=_together([outcome.routed_experts for outcome in outcomes]),
+            recorded=b"",
+            records=self._records,
         )
         return Parcel(pack_answer(answer), first.rows)
 
@@ -384,3 +399,18 @@ class Leader:
                 self._order.check_gap(now, self._settings.step_timeout_s)
             except Misorder as misorder:
                 self._end_epoch(misorder.kind, misorder.message)
+
+
+def _rows_of(step: Step) -> bytes:
+    """ToldRows' columns of every row of a step."""
+    slots, starts, counts = array(step.slots), array(step.starts), array(step.counts)
+    firsts = np.cumsum(counts) - counts
+    positions = np.arange(step.num_rows) + np.repeat(starts - firsts, counts)
+    everywhere = np.broadcast_to([[step.epoch], [step.number]], (2, step.num_rows))
+    return ints(np.stack([*everywhere, np.repeat(slots, counts), positions], axis=1))
+
+
+def _together(told: Sequence[bytes]) -> bytes:
+    """The experts of rows as ranks tell them: each row from the rank that does not say -1."""
+    parts = [np.frombuffer(packed, np.int16) for packed in told if packed]
+    return np.max(parts, axis=0).tobytes() if parts else b""

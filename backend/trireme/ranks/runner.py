@@ -31,7 +31,7 @@ from trireme.ranks.logprobs import Prompts, Stretch
 from trireme.ranks.memory import Sizes, check_states, find_room, num_pages, num_snapshots
 from trireme.ranks.mixtures import Mixtures
 from trireme.ranks.regimes import find_sp_from, largest_steps
-from trireme.ranks.routed import tell_routed
+from trireme.ranks.routed import asked_rows, tell_routed
 from trireme.ranks.rows import Rows, lay_out
 from trireme.ranks.sampler import Sampled, Sampler
 from trireme.ranks.staging import download, upload
@@ -163,16 +163,18 @@ class Runner:
 
         self._states.restore(step.restores)
         stretches = self._prompts.stretches(rows)
-        batch, routed = None, bytes
+        batch, routed, recorded = None, bytes, bytes
+        records = self._records(step)
         graph = self._find_graph(step, rows)
         if graph is not None and not stretches:
             computed = graph.run(rows, self._table_of(rows.slots, rows.ends), received)
         else:
             head_rows = np.concatenate([rows.sampled, *(stretch.rows for stretch in stretches)])
-            batch = self._batch(rows, deal, head_rows, self._plan_attention(rows, deal), routed=[] if step.routed else None)
+            batch = self._batch(rows, deal, head_rows, self._plan_attention(rows, deal), routed=[] if step.routed or records else None)
             computed = self._decoder.forward(batch, deal, received)
             if batch.routed is not None:
-                routed = tell_routed(self._decoder, deal, step, rows, batch.routed)
+                routed = tell_routed(self._decoder, deal, asked_rows(step, rows), batch.routed)
+                recorded = tell_routed(self._decoder, deal, np.arange(step.num_rows if records else 0), batch.routed)
         carries, read, report = None, Outcome, None
         if self._is_last:
             logits = CutLogits(computed.rows, self._vocab_size, self._along_vocabulary)
@@ -189,9 +191,10 @@ class Runner:
         def finish() -> tuple[Answer, np.ndarray | None]:
             watch.wait()
             outcome = read(step.epoch, step.number, self._stage, clock=watch.clock())
-            loads, told = report() if report is not None else b"", routed()
-            if loads or told or version or watch.stalled_s():
-                outcome = msgspec.structs.replace(outcome, routed_experts=told, loads=loads, map_ready=version, stalled_s=watch.stalled_s())
+            loads, told, every = report() if report is not None else b"", routed(), recorded()
+            if loads or told or every or version or watch.stalled_s():
+                more = {"map_ready": version, "stalled_s": watch.stalled_s(), "recorded": every}
+                outcome = msgspec.structs.replace(outcome, routed_experts=told, loads=loads, **more)
             return outcome, carries
 
         link = self._joined.name
@@ -207,7 +210,12 @@ class Runner:
         return Pending(self._device.type != "cpu", finish, where)
 
     def _find_graph(self, step: Step, rows: Rows) -> Graph | None:
-        return None if self._graphs is None or step.routed else self._graphs.find(rows, step.regime)
+        tells = step.routed or self._records(step)
+        return None if self._graphs is None or tells else self._graphs.find(rows, step.regime)
+
+    def _records(self, step: Step) -> bool:
+        """Whether the experts of every row are told: the same on all ranks of the stage, so that they take a graph or none together."""
+        return step.records and self._mixtures is not None
 
     def _read(self, step: Step) -> Rows:
         """What the step changes, then its rows."""

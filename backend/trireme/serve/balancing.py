@@ -67,12 +67,14 @@ class Balancing:
 
     def query(self, words: str) -> dict[str, Any]:
         """What people and metrics ask: state, which is all there is to see, or of it map, loads, balance or history; and of the
-        recorder start [stat|per_pass], stop and dump. Refusal for anything else."""
+        recorder start [stat|per_pass|per_token [MIB]], stop and dump. Refusal for anything else."""
         verb, *rest = words.split() or [""]
+        if len(rest) > (2 if verb == "start" else 0):
+            raise Refusal(f"query {words!r} has too many words", why="what they ask for would be ignored", fix=f"ask {verb!r} alone")
         with self._lock:
             recorder = self._balancer.recorder
             if verb == "start":
-                recorder.start(cast(Mode, rest[0]) if rest else "stat")  # which it checks
+                recorder.start(cast(Mode, rest[0]) if rest else "stat", _mib(rest[1]) if rest[1:] else None)  # which it checks
             elif verb == "stop":
                 recorder.stop()
             elif verb == "dump":
@@ -107,6 +109,13 @@ class Balancing:
         return path
 
 
+def _mib(word: str) -> int:
+    if not word.isdecimal():
+        why = "it is how many MiB of rows may be kept of each stage"
+        raise Refusal(f"{word!r} is no limit of memory", why=why, fix='ask "start per_token 256"')
+    return int(word)
+
+
 def experts_of(settings: Settings, spec: Spec) -> list[StageExperts]:
     """Of each stage, the layers with experts in the order in which it reports them: the head's that drafts is last."""
     plan = Plan.of(settings, spec)
@@ -116,7 +125,7 @@ def experts_of(settings: Settings, spec: Spec) -> list[StageExperts]:
     names = [[str(layer) for layer in plan.layers(stage) if spec.sparse[layer]] for stage in range(plan.pp)]
     if plan.mtp and spec.sparse[-1]:
         names[-1].append("mtp")
-    return [StageExperts(tuple(layers), slots, expert * item_bytes) for layers in names]
+    return [StageExperts(tuple(layers), slots, expert * item_bytes, spec.num_experts_per_tok) for layers in names]
 
 
 def first_maps(settings: Settings, spec: Spec) -> list[dict[int, np.ndarray]]:

@@ -103,7 +103,12 @@ STAGE_INPUTS = (Field("MESSAGE", "UINT8", -1, "a packed step or question"), Fiel
 STAGE_OUTPUTS = (Field("MESSAGE", "UINT8", -1, "the packed answer"), Field("ROWS", "UINT8", -1, "rows, on the tensor link"))
 EPLB_INPUTS = (
     Field("MESSAGE", "UINT8", -1, "a packed push of a stage"),
-    Field("query", "STRING", 1, "state, or of it map, loads, balance, history; of the recorder: start [stat|per_pass], stop, dump"),
+    Field(
+        "query",
+        "STRING",
+        1,
+        "state, or of it map, loads, balance, history; of the recorder: start [stat|per_pass|per_token [MIB]], stop, dump",
+    ),
 )
 EPLB_OUTPUTS = (Field("MESSAGE", "UINT8", -1, "the packed offer"), Field("text_output", "STRING", 1, "JSON: the answer to query"))
 
