@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from trireme.core.refusal import Refusal
+from trireme.engine.eplb_file import read
 from trireme.engine.placing import (
     Slots,
     balance,
@@ -23,6 +26,7 @@ from trireme.engine.placing import (
 )
 
 POLICIES = ("auto", "hierarchical", "global", "skew", "minimal")
+RECORDED = Path(__file__).parent / "recorded" / "abacus-word-problems.safetensors"
 SKEWED = Slots(num_experts=64, num_slots=80, num_ranks=4)
 
 
@@ -70,16 +74,40 @@ def test_every_map_is_sound(policy):
         slots = draw_slots(rng)
         windows = draw_loads(rng, slots.num_experts)
         current = settle(trivial(slots), place_globally(rng.random(slots.num_experts), slots), slots) if seed % 2 else trivial(slots)
-        found = place(policy, windows, slots, current)
-        copies = held(found, slots)
-        assert found.shape == (slots.num_slots,) and found.dtype == np.int32
-        assert copies.sum(axis=0).min() >= 1
-        assert copies.max() == 1 or slots.per_rank > slots.num_experts
-        if policy == "skew":
-            assert peak(found, windows, slots) <= peak(trivial(slots), windows, slots) + 1e-6
-        else:
-            loads = windows.sum(axis=0)
-            assert balance(found, loads, slots) >= balance(trivial(slots), loads, slots) - 1e-9
+        check_map(policy, windows, slots, place(policy, windows, slots, current))
+
+
+def check_map(policy: str, windows: np.ndarray, slots: Slots, found: np.ndarray) -> None:
+    copies = held(found, slots)
+    assert found.shape == (slots.num_slots,) and found.dtype == np.int32
+    assert copies.sum(axis=0).min() >= 1
+    assert copies.max() == 1 or slots.per_rank > slots.num_experts
+    if policy == "skew":
+        assert peak(found, windows, slots) <= peak(trivial(slots), windows, slots) + 1e-6
+    else:
+        loads = windows.sum(axis=0)
+        assert balance(found, loads, slots) >= balance(trivial(slots), loads, slots) - 1e-9
+
+
+@pytest.mark.parametrize("num_redundant", [0, 4, 8])
+@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_maps_of_recorded_loads_are_sound(policy, num_ranks, num_redundant):
+    """The trained small model's on word problems, 64 pushes of 8 layers of 16 experts (tools/measurements/2026-11-22-eplb.md says how they
+    were recorded): of all, and as a server sees them, where each map begins from the one before."""
+    every = read(RECORDED).stage(0, "loads")
+    assert every is not None and every.shape == (64, 8, 16)
+    slots = Slots(16, 16 + num_redundant, num_ranks)
+    for layer in range(8):
+        current = trivial(slots)
+        for first in range(0, 64, 16):
+            windows = every[first : first + 16, layer]
+            current = place(policy, windows, slots, current)
+            check_map(policy, windows, slots, current)
+        whole = place(policy, every[:, layer], slots)
+        check_map(policy, every[:, layer], slots, whole)
+        if num_redundant:
+            assert balance(whole, every[:, layer].sum(axis=0), slots) > 0.9
 
 
 @pytest.mark.parametrize("policy", POLICIES)
