@@ -176,9 +176,9 @@ class Runner:
         self._states.restore(step.restores)
         stretches = self._prompts.stretches(rows)
         batch, routed, recorded = None, bytes, bytes
-        records = step.records and self._mixtures is not None
-        graph = None if stretches or records else self._find_graph(step, rows)
-        if graph is not None:
+        records = self._records(step)
+        graph = self._find_graph(step, rows)
+        if graph is not None and not stretches:
             computed = graph.run(rows, self._table_of(rows.slots, rows.ends), received)
         else:
             head_rows = np.concatenate([rows.sampled, *(stretch.rows for stretch in stretches)])
@@ -222,7 +222,12 @@ class Runner:
         return Pending(self._device.type != "cpu", finish, where)
 
     def _find_graph(self, step: Step, rows: Rows) -> Graph | None:
-        return None if self._graphs is None or step.routed else self._graphs.find(rows, step.regime)
+        tells = step.routed or self._records(step)
+        return None if self._graphs is None or tells else self._graphs.find(rows, step.regime)
+
+    def _records(self, step: Step) -> bool:
+        """Whether the experts of every row are told: the same on all ranks of the stage, so that they take a graph or none together."""
+        return step.records and self._mixtures is not None
 
     def _read(self, step: Step) -> Rows:
         """What the step changes, then its rows."""
