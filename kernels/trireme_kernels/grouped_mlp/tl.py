@@ -13,6 +13,8 @@ The first product reads rows where they are and writes silu(gate) * up, slot aft
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -44,7 +46,11 @@ _SHORT = (
     (None, Tile(128, 256, 64, 8, 3)),
 )
 _FLOAT32 = tuple((rows if rows < 128 else None, Tile(rows, 64, 32, 4, 3)) for rows in (16, 32, 64, 128))
-_SHARED_BYTES = max((tile.rows + tile.columns) * tile.inner * 2 * tile.stages for _, tile in _SHORT)
+# The same for products of known shape, by (columns of x, rows of a slot's weight), of a sweep on an H100 with rows dealt at random.
+_BY_SHAPE: Mapping[tuple[int, int], tuple[tuple[float | None, Tile], ...]] = MappingProxyType({})
+_SHARED_BYTES = max(
+    (tile.rows + tile.columns) * tile.inner * 2 * tile.stages for tiles in (_SHORT, *_BY_SHAPE.values()) for _, tile in tiles
+)
 
 
 def fits(case: Case) -> str | None:
@@ -65,9 +71,14 @@ class Tiled:
 
     def __call__(self, x: Tensor, gate_up: Tensor, down: Tensor, pairs: Pairs) -> Tensor:  # [T, H] -> [T * k, H]
         each = len(pairs.order) / (self._of_slots or len(gate_up))
-        tile = next(tile for most, tile in self._tiles if most is None or each <= most)
-        inner = product(x, gate_up, pairs, tile, gated=True)
-        return product(inner, down, pairs, tile, gated=False)
+        inner = product(x, gate_up, pairs, self._tile(gate_up, each), gated=True)
+        return product(inner, down, pairs, self._tile(down, each), gated=False)
+
+    def _tile(self, weight: Tensor, each: float) -> Tile:
+        """For slots that have `each` rows on average."""
+        _, num_columns, num_in = weight.shape
+        tiles = self._tiles if weight.dtype == torch.float32 else _BY_SHAPE.get((num_in, num_columns), self._tiles)
+        return next(tile for most, tile in tiles if most is None or each <= most)
 
 
 def product(x: Tensor, weight: Tensor, pairs: Pairs, tile: Tile, *, gated: bool) -> Tensor:
