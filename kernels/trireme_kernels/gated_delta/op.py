@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
-IMPLEMENTATIONS = ("fla", "tl", "chunked", "reference")
+IMPLEMENTATIONS = ("tl", "fla", "chunked", "reference")
 
 
 class GatedDelta(Protocol):

@@ -47,7 +47,35 @@ _SHORT = (
 )
 _FLOAT32 = tuple((rows if rows < 128 else None, Tile(rows, 64, 32, 4, 3)) for rows in (16, 32, 64, 128))
 # The same for products of known shape, by (columns of x, rows of a slot's weight), of a sweep on an H100 with rows dealt at random.
-_BY_SHAPE: Mapping[tuple[int, int], tuple[tuple[float | None, Tile], ...]] = MappingProxyType({})
+_BY_SHAPE: Mapping[tuple[int, int], tuple[tuple[float | None, Tile], ...]] = MappingProxyType(
+    {
+        (2048, 1536): (
+            (8.0, Tile(16, 64, 256, 4, 3)),
+            (32.0, Tile(32, 128, 128, 4, 3)),
+            (181.02, Tile(128, 256, 64, 8, 3)),
+            (None, Tile(128, 256, 64, 8, 4)),
+        ),
+        (768, 2048): (
+            (8.0, Tile(16, 64, 256, 4, 3)),
+            (32.0, Tile(32, 128, 128, 4, 3)),
+            (181.02, Tile(64, 128, 64, 4, 4)),
+            (None, Tile(128, 256, 64, 8, 4)),
+        ),
+        (2048, 1024): (
+            (0.09, Tile(16, 64, 256, 4, 3)),
+            (4.0, Tile(16, 32, 256, 4, 4)),
+            (16.0, Tile(16, 64, 128, 4, 4)),
+            (90.51, Tile(64, 128, 128, 4, 3)),
+            (None, Tile(128, 256, 64, 8, 4)),
+        ),
+        (512, 2048): (
+            (4.0, Tile(16, 64, 128, 4, 3)),
+            (16.0, Tile(32, 128, 128, 4, 3)),
+            (90.51, Tile(64, 128, 64, 4, 4)),
+            (None, Tile(128, 256, 64, 8, 4)),
+        ),
+    }
+)
 _SHARED_BYTES = max(
     (tile.rows + tile.columns) * tile.inner * 2 * tile.stages for tiles in (_SHORT, *_BY_SHAPE.values()) for _, tile in tiles
 )
