@@ -58,7 +58,7 @@ class Tiled:
         return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _tile(
     x, left, weight, plan, out, num_rows, num_channels, x_row, left_item, left_row, weight_row,
     TAPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,

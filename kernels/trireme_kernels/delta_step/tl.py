@@ -182,7 +182,7 @@ def launch(
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_items", "num_rows"])
 def _step(
     qkv, a, b, gate, inputs, held, slots, fresh, plan, num_items, num_rows, num_channels,
     qkv_row, a_row, b_row, gate_row, gate_head, inputs_slot, inputs_row, held_slot, held_row,

@@ -136,7 +136,7 @@ class Tiled:
         return out, final
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_chunks"])
 def _chunk(
     q, k, v, g, beta, u, w, scores, scales, chunks, num_chunks, key_row, key_head, value_row, value_head, g_row, beta_row,
     SHARED: tl.constexpr, HEADS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr,
@@ -217,7 +217,7 @@ def _joined(whole, system, row, SPAN: tl.constexpr, PRECISION: tl.constexpr):
     return whole - _product(whole, right, PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_chunks", "num_items"])
 def _carry(
     q, k, u, w, scores, scales, initial, final, out, chunks, items, num_chunks, num_items, key_row, key_head,
     SHARED: tl.constexpr, HEADS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr,

@@ -106,7 +106,7 @@ class _Captured:
         return self._op.run(q, k_pool, v_pool, self._plan)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks", "table_width"])
 def _attend(
     q, k_pool, v_pool, out, page_table, blocks, num_blocks, table_width, scale,
     q_row, q_head, k_page, k_head, k_offset, v_page, v_head, v_offset, out_row, out_head,

@@ -100,7 +100,7 @@ def _fixed(boxes: Boxes, block: int, box: Tensor) -> dict[str, int]:
     }
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num"])
 def _sums(
     bits,
     x,
@@ -174,7 +174,7 @@ def _rows(
     tl.store(normed + row * hidden + column, (unscaled * scale).to(kind), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num"])
 def _bests(
     values,
     ids,

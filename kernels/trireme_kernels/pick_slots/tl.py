@@ -45,7 +45,7 @@ def pick_slots(experts: Tensor, copies: Tensor, num_rows: Tensor | None, loads: 
     return slots
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_choices"])
 def _choices(
     experts, copies, num_rows, loads, slots, num_choices, top_k, most,
     ALL: tl.constexpr, COUNTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,

@@ -52,7 +52,7 @@ def route(logits: Tensor, top_k: int, renormalise: bool) -> tuple[Tensor, Tensor
     return weights, ids
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _rows(
     logits, weights, ids, num_rows, num_experts, row_stride,
     TOP_K: tl.constexpr, RENORMALISE: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr, CHOSEN: tl.constexpr,

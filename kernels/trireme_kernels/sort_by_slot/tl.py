@@ -52,7 +52,7 @@ def sort_by_slot(slots: Tensor, weights: Tensor, first: int, num_slots: int, num
     return Pairs(order, begins, here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs"])
 def _slots(
     slots, weights, num_rows, order, begins, here, num_pairs, top_k, first, num_slots,
     ALL: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
