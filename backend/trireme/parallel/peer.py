@@ -51,6 +51,7 @@ class Peers:
     def __init__(self, boxes: Boxes, op: PeerSum, dtype: torch.dtype, hidden: int):
         self._boxes, self._op, self.dtype, self.hidden = boxes, op, dtype, hidden
         self.most = _NUM_CELLS * hidden
+        self._aside, self._one = torch.cuda.Stream(boxes.given_up.device), torch.ones(1, dtype=torch.int32, pin_memory=True)
 
     def take(self, x: torch.Tensor) -> bool:
         """Whether x is summed this way: the same on all ranks, which bring tensors of one shape."""
@@ -71,7 +72,8 @@ class Peers:
     def give_up(self) -> None:
         """Kernels that wait for another rank end, within a millisecond, and so do all that come: a kernel cannot be cancelled.
         A rank whose peer was killed is freed by this alone. What they give is nothing."""
-        self._boxes.given_up.fill_(1)
+        with torch.cuda.stream(self._aside):  # a copy, beside kernels that wait: another kernel might find no room
+            self._boxes.given_up.copy_(self._one, non_blocking=True)
 
 
 def meet_peers(
@@ -94,7 +96,7 @@ def meet_peers(
         reasons = [said.decode() for said in exchange("mapped", reason.encode())]
         if any(reasons):
             return next(filter(None, reasons))
-        given_up = torch.zeros(1, dtype=torch.int32, pin_memory=True)
+        given_up = torch.zeros(1, dtype=torch.int32, device=device)
         addresses = torch.tensor([*(each.data_ptr() for each in every), given_up.data_ptr()], device=device)
         turns = torch.zeros(_NUM_CELLS, dtype=torch.int32, device=device)
     return Peers(Boxes(place, every, addresses, turns, given_up), op, dtype, hidden)

@@ -14,14 +14,19 @@ def upload(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Ten
     """The arrays as tensors on the device, by one copy for all of them. On a CPU they share memory where they can."""
     if device.type == "cpu":
         return [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
-    sizes = [-(-array.nbytes // _ALIGN) * _ALIGN for array in arrays]
-    starts = np.cumsum([0, *sizes])
-    host = torch.empty(int(starts[-1]), dtype=torch.uint8, pin_memory=True)  # torch keeps it from reuse until it is copied
-    here = [host[start : start + array.nbytes].numpy().view(array.dtype) for start, array in zip(starts, arrays, strict=False)]
-    for place, array in zip(here, arrays, strict=True):
-        place[:] = array
-    there = host.to(device, non_blocking=True)
-    return [there[start : start + place.nbytes].view(torch.from_numpy(place).dtype) for start, place in zip(starts, here, strict=False)]
+    starts = np.cumsum([0, *(-(-array.nbytes // _ALIGN) * _ALIGN for array in arrays)]).tolist()
+    host = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=True)  # torch keeps it from reuse until it is copied
+    for place, array in zip(unpack(host, starts, arrays), arrays, strict=True):
+        place.numpy()[...] = array
+    return unpack(host.to(device, non_blocking=True), starts, arrays)
+
+
+def unpack(packed: torch.Tensor, starts: Sequence[int], arrays: Sequence[np.ndarray]) -> list[torch.Tensor]:
+    """Views of bytes uint8 [B] as tensors like the arrays, each from its start."""
+    kinds = [torch.from_numpy(np.empty(0, array.dtype)).dtype for array in arrays]
+    return [
+        packed[start : start + array.nbytes].view(kind).view(array.shape) for start, array, kind in zip(starts, arrays, kinds, strict=False)
+    ]
 
 
 def download(x: torch.Tensor) -> torch.Tensor:

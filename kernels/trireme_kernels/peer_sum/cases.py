@@ -39,7 +39,7 @@ def lay(size: int, place: int, hidden: int, dtype: torch.dtype, device: str) -> 
     """Empty ones."""
     bits, cell = bits_of(dtype), 1 << (hidden - 1).bit_length()
     every = [torch.full((2, size, _NUM_CELLS, cell), empty_of(bits), dtype=bits, device=device) for _ in range(size)]
-    given_up = torch.zeros(1, dtype=torch.int32, pin_memory=device == "cuda")
+    given_up = torch.zeros(1, dtype=torch.int32, device=device)
     addresses = torch.tensor([*(box.data_ptr() for box in every), given_up.data_ptr()], device=device)
     return Laid(place, every, addresses, torch.zeros(_NUM_CELLS, dtype=torch.int32, device=device), given_up)
 

@@ -42,7 +42,8 @@ class Boxes(Protocol):
 
     @property
     def given_up(self) -> Tensor:
-        """int32 [1] in host memory that the device sees: not 0 when nobody need wait any longer. What is computed then is nothing."""
+        """int32 [1], on the device: not 0 when nobody need wait any longer. What is computed then is nothing. Not in the host's memory:
+        looks there wait for each other, 0.2 us each (two H100s), and one rank that looked made the others wait, and look, too."""
         ...
 
 
