@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from typing import Any
@@ -153,14 +154,16 @@ def relocated(place: int, store: Any, epoch: int, device: torch.device) -> tuple
     collectives.begin(
         {span: form_group(store, epoch, collectives.mesh.name_of(span), place, 2, LIMIT_S, device) for span in collectives.spans}
     )
+    relocation.warm_up()
+    sys.setswitchinterval(0.0002)  # as ranks do
     x, draw = torch.ones(256, 2048, device=device), np.random.default_rng(0)
     holds, num_steps, longest = True, 0, 0.0
-    for version in range(1, 9):
+    for version in range(1, 4):
         spare = draw.integers(num_experts, size=(4, 16))
         maps = {layer: draw.permutation(np.concatenate([np.arange(num_experts), spare[layer]])).astype(np.int32) for layer in range(4)}
         thread = threading.Thread(target=relocation.prepare, args=(version, maps))
         thread.start()
-        for _ in range(300):  # as many on both, as steps of a plan are
+        for _ in range(100):  # as many on both, as steps of a plan are
             x = steps.all_reduce(x @ x.T @ x).clamp_(-1, 1)
             num_steps += 1
         thread.join()
@@ -181,4 +184,4 @@ def relocated(place: int, store: Any, epoch: int, device: torch.device) -> tuple
 
 def test_experts_move_while_steps_go_on():
     for holds, num_steps, _ in on_gpus(2, relocated, 5).values():
-        assert holds and num_steps == 2400
+        assert holds and num_steps == 300

@@ -67,6 +67,12 @@ class Mixtures:
         if self._relocation is not None:
             self._relocation.drop()
 
+    def begin(self) -> None:
+        """An epoch."""
+        self.forget()
+        if self._relocation is not None:
+            self._relocation.warm_up()
+
     def forget(self) -> None:
         """What was counted, and chosen, before."""
         for layer in self._layers:

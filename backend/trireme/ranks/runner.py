@@ -95,7 +95,7 @@ class Runner:
             self._capture(give_up)
             logger(f"stage_{self._stage} rank {self.collectives.rank}").info("graphs: %s", self.graphs)
         if self._mixtures is not None:
-            self._mixtures.forget()
+            self._mixtures.begin()
         self._fed.clear()
         self._sampler.clear()
         self._prompts.clear()
