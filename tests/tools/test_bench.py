@@ -1,13 +1,15 @@
-"""`trireme bench` without a server: the same load with and without drafts, and prefill under several plans in one picture."""
+"""`trireme bench` without a server: the same load with and without drafts, and several plans in one picture."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from tiny import tiny_checkpoint
+from trireme.core.refusal import Refusal
 from trireme_tools.cli import build
 
 pytestmark = pytest.mark.ranks
@@ -38,3 +40,18 @@ def test_prefill_of_several_plans_in_one_picture(tmp_path):
     names = ",".join(str(tmp_path / f"{plan}.json") for plan in reports)
     result = CliRunner().invoke(bench, ["bench", f"--plot={names}", f"--output={tmp_path / 'both'}"], catch_exceptions=False)
     assert result.exit_code == 0 and (tmp_path / "both.png").stat().st_size, result.output
+
+
+def test_decode_of_several_plans_in_one_picture_and_reports_of_two_kinds_in_none(tmp_path):
+    names = []
+    for plan, step_ms in {"one rank": 6.0, "tp2": 4.0}.items():
+        names.append(str(tmp_path / f"{plan}.json"))
+        Path(names[-1]).write_text(
+            json.dumps({"plan": plan, "decode": [{"batch": 1, "step_ms": step_ms}, {"batch": 8, "step_ms": 2 * step_ms}]})
+        )
+    result = CliRunner().invoke(build(), ["bench", f"--plot={','.join(names)}", f"--output={tmp_path / 'both'}"], catch_exceptions=False)
+    assert result.exit_code == 0 and (tmp_path / "both.png").stat().st_size, result.output
+    names.append(str(tmp_path / "prefill.json"))
+    Path(names[-1]).write_text(json.dumps({"plan": "cp2", "prefill": []}))
+    with pytest.raises(Refusal, match="not of one kind"):
+        CliRunner().invoke(build(), ["bench", f"--plot={','.join(names)}"], catch_exceptions=False)

@@ -53,7 +53,9 @@ def bench(
     prefill: Annotated[
         str, typer.Option(help="Offline: only the time to the first token, of one prompt or of several, as 1024,32768,32x1024.")
     ] = "",
-    plot: Annotated[str, typer.Option(help="Only draw what --prefill wrote, several plans in one picture, as one.json,tp2.json.")] = "",
+    plot: Annotated[
+        str, typer.Option(help="Only draw what --prefill or --decode wrote, several plans in one picture, as one.json,tp2.json.")
+    ] = "",
     seed: int = 0,
     ops: Annotated[bool, typer.Option(help="Only the kernels, on shapes of real models, against what this machine can do.")] = False,
     op: Annotated[str | None, typer.Option(help="With --ops: this one alone.")] = None,
@@ -68,7 +70,7 @@ def bench(
         bench_ops(op, as_json)
         return
     if plot:
-        _plot_prefill([Path(each) for each in plot.split(",")], output)
+        _plot([Path(each) for each in plot.split(",")], output)
         return
     from trireme_tools.serve import settings_of
 
@@ -142,13 +144,14 @@ def _bench_drafts(settings: Settings, asks: Sequence[Ask], drafts: Sequence[int]
 def _bench_decode(settings: Settings, batches: str, input_len: int, output_len: int, output: Path) -> None:
     from trireme_tools.offline import measure_decode
 
-    vocab_size = read_spec(Path(settings.model)).vocab_size
-    steps = measure_decode(settings, [int(batch) for batch in batches.split(",")], input_len, output_len, vocab_size)
-    table = Table("sequences", "decode step, ms", "prompt tokens/s", title=f"{input_len} in, {output_len} out, all at once")
+    spec = read_spec(Path(settings.model))
+    plan = str(Plan.of(settings, spec))
+    steps = measure_decode(settings, [int(batch) for batch in batches.split(",")], input_len, output_len, spec.vocab_size)
+    table = Table("sequences", "decode step, ms", "prompt tokens/s", title=f"{plan}: {input_len} in, {output_len} out, all at once")
     for step in steps:
         table.add_row(str(step.batch), f"{step.step_ms:.2f}", f"{step.batch * input_len / step.first_s:.0f}")
     Console().print(table)
-    _write(output, {"decode": [step._asdict() for step in steps]})
+    _write(output, {"plan": plan, "decode": [step._asdict() for step in steps]})
 
 
 _PREFILL_RUNS = 5  # of each length
@@ -184,12 +187,15 @@ def _prompts(text: str) -> tuple[int, int]:
         ) from None
 
 
-def _plot_prefill(reports: Sequence[Path], output: Path) -> None:
-    from trireme_tools.plots import plot_prefill
+def _plot(reports: Sequence[Path], output: Path) -> None:
+    from trireme_tools.plots import plot_decode, plot_prefill
 
     read = [json.loads(path.read_text()) for path in reports]
+    kinds = {kind for kind in ("prefill", "decode") if all(kind in report for report in read)}
+    if not kinds:
+        raise Refusal("these reports are not of one kind", why="all are of --prefill, or all of --decode", fix="name reports of one kind")
     output.parent.mkdir(parents=True, exist_ok=True)
-    plot_prefill(read, output.with_suffix(".png"))
+    (plot_prefill if "prefill" in kinds else plot_decode)(read, output.with_suffix(".png"))
     Console().print(f"written: {output.with_suffix('.png')}")
 
 

@@ -69,6 +69,23 @@ def plot_prefill(reports: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def plot_decode(reports: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Tokens a second, and the time of a step, against sequences that decode at once; a line for each plan."""
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    rates, times = figure.subplots(1, 2)
+    for report in reports:
+        batches = [each["batch"] for each in report["decode"]]
+        steps = [each["step_ms"] for each in report["decode"]]
+        rates.plot(
+            batches, [1e3 * batch / ms for batch, ms in zip(batches, steps, strict=True)], marker="o", markersize=3, label=report["plan"]
+        )
+        times.plot(batches, steps, marker="o", markersize=3, label=report["plan"])
+    rates.set(title="decode: tokens a second", xlabel="sequences at once", ylim=(0, None))
+    times.set(title="a step", xlabel="sequences at once", ylabel="ms", ylim=(0, None))
+    rates.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
 def plot_pipeline(bars: Sequence[Bar], path: Path, title: str) -> None:
     """Stages as rows, steps as bars of one colour per step, receiving hatched; what stays white is a bubble."""
     began = min(bar.began for bar in bars)
