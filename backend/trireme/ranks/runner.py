@@ -95,7 +95,7 @@ class Runner:
             self._capture(give_up)
             logger(f"stage_{self._stage} rank {self.collectives.rank}").info("graphs: %s", self.graphs)
         if self._mixtures is not None:
-            self._mixtures.begin()
+            self._mixtures.begin(give_up)
         self._fed.clear()
         self._sampler.clear()
         self._prompts.clear()
