@@ -13,7 +13,7 @@ import torch
 
 from trireme.core.settings import make_settings
 from trireme.parallel.collectives import Collectives
-from trireme.parallel.comm import LinkLost, StoreHost, meet, reach_store
+from trireme.parallel.comm import LinkLost, StoreHost, make_unless, meet, reach_store
 from trireme.parallel.link import SoloLink, TensorLink, form_link
 from trireme.parallel.mesh import Mesh
 from trireme.parallel.plan import Plan
@@ -161,3 +161,20 @@ def test_a_killed_peer_is_seen_at_once_and_a_new_one_joins_a_new_epoch(store):
     links = form_all(settings(2), third, store)
     links[0].send(torch.ones(1, HIDDEN))
     assert links[1].receive(1, None).sum() == HIDDEN
+
+
+def test_what_is_given_up_hears_of_it_and_asks_no_other_threads_channel():
+    asked, heard = set(), threading.Event()
+
+    def give_up() -> bool:
+        asked.add(threading.get_ident())
+        return True
+
+    def make(given_up) -> None:
+        while not given_up():
+            time.sleep(0.001)
+        heard.set()
+
+    with pytest.raises(LinkLost, match="given up"):
+        make_unless(give_up, make)
+    assert heard.wait(10) and asked == {threading.get_ident()}

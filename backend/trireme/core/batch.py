@@ -49,4 +49,4 @@ class Batch:
     head_rows: torch.Tensor  # int64 [R]: of the step's T rows, those that need logits (sampled ones, and those of prompt logprobs)
     items: Items | None = None  # where a block keeps states
     routed: list[torch.Tensor] | None = None  # where asked for, each mixture adds its rows' experts: int16 [rows, experts of a row]
-    num_rows: torch.Tensor | None = None  # int64 [1]: where rows of nobody fill up a CUDA graph, how many are somebody's, the first
+    num_rows: torch.Tensor | None = None  # int64 [1]: where rows of nobody fill up a CUDA graph, from which on all are nobody's

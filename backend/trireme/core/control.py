@@ -114,7 +114,7 @@ class Push(msgspec.Struct, frozen=True, tag="push"):
 
 
 class Offer(msgspec.Struct, frozen=True, tag="offer"):
-    """New maps for a stage, or none where it is well as it is."""
+    """New maps for a stage, or none where it is well as it is; and what the service wants to be told."""
 
     version: int = 0
     maps: dict[int, bytes] = {}  # as in Prepare

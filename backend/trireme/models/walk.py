@@ -26,7 +26,7 @@ class Walk:
         edge = lay(cp=WHOLE) if build.plan.whole_edges else home
         have = [home, *(block.gives.at(home) for block in blocks)]
         self.edge = cut_of(edge, collectives.mesh)
-        self._home, self._have = (cut_of(home, collectives.mesh), [cut_of(layout, collectives.mesh) for layout in have])
+        self._home, self._have = cut_of(home, collectives.mesh), [cut_of(layout, collectives.mesh) for layout in have]
         self._build = build
         self.enter = Route(edge if embed is None else embed.gives.at(home), home, collectives)
         self.blocks = [(_seam(build, before, home, block), block) for before, block in zip(have, blocks, strict=False)]

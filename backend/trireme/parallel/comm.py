@@ -63,15 +63,17 @@ def meet(store: TCPStore, epoch: int, seat: int, num_seats: int, timeout_s: floa
             time.sleep(_GLANCE_S)
 
 
-def make_unless(give_up: Callable[[], bool], make: Callable[[], Made]) -> Made:
+def make_unless(give_up: Callable[[], bool], make: Callable[[Callable[[], bool]], Made]) -> Made:
     """What `make` makes of groups or stores. It blocks in torch until the others are here, for the whole time limit if one of
     them has died meanwhile, and nothing can interrupt it: hence in a thread of its own. When `give_up` says so that thread is
-    left behind, LinkLost; what it still makes is dropped."""
+    left behind, LinkLost; what it still makes is dropped. `give_up` is asked by the caller's thread alone, `make` is given what
+    its own may ask."""
     made: SimpleQueue[Made | Exception] = SimpleQueue()
+    given_up = threading.Event()
 
     def run() -> None:
         try:
-            made.put(make())
+            made.put(make(given_up.is_set))
         except Exception as error:
             made.put(error)
 
@@ -81,6 +83,7 @@ def make_unless(give_up: Callable[[], bool], make: Callable[[], Made]) -> Made:
             found = made.get(timeout=_GLANCE_S)
             break
         if give_up():
+            given_up.set()
             raise LinkLost("given up before all ranks came")
     if isinstance(found, Exception):
         try:
@@ -125,13 +128,20 @@ class Group(Protocol):
 
 
 def form_group(
-    store: TCPStore, epoch: int, name: str, place: int, size: int, timeout_s: float, device: torch.device
+    store: TCPStore,
+    epoch: int,
+    name: str,
+    place: int,
+    size: int,
+    timeout_s: float,
+    device: torch.device,
+    give_up: Callable[[], bool] = lambda: False,
 ) -> GlooGroup | NcclGroup:
     """Blocks until all members are here."""
     kind = GlooGroup if device.type == "cpu" else NcclGroup
     group = kind(_form(store, epoch, name, place, size, timeout_s, device), f"{name} of epoch {epoch}", place, size)
     if isinstance(group, NcclGroup):
-        group.connect(timeout_s, device)
+        group.connect(timeout_s, device, give_up)
     return group
 
 
@@ -181,15 +191,16 @@ class NcclGroup:
         self._group: Any = group
         self._name, self._place, self._size = name, place, size
 
-    def connect(self, timeout_s: float, device: torch.device) -> None:
+    def connect(self, timeout_s: float, device: torch.device, give_up: Callable[[], bool]) -> None:
         """Each collective once: NCCL connects ranks when it first needs to, and allocates then, which is not to happen while a
         collective of another group waits on the device."""
         x, ones = torch.zeros(self._size, device=device), [1] * self._size
-        self.all_reduce(x)
-        self.all_gather(x[:1], ones)
-        self.reduce_scatter(x, ones)
-        self.all_to_all(x, ones, ones)
-        _wait_for_device(device, timeout_s)
+        with _closed_if_lost(self):
+            self.all_reduce(x)
+            self.all_gather(x[:1], ones)
+            self.reduce_scatter(x, ones)
+            self.all_to_all(x, ones, ones)
+            _wait_for_device(device, timeout_s, give_up)
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         x = x.contiguous()
@@ -258,23 +269,33 @@ class Pair:
     """A group of two in which side 0 sends rows to side 1. Messages keep their order. `depth`: a send is surely received once so many
     more were sent. On a GPU each pair has a communicator and a stream of its own, so that sends overlap what is computed."""
 
-    def __init__(self, store: TCPStore, epoch: int, name: str, side: int, timeout_s: float, depth: int, device: torch.device):
+    def __init__(
+        self,
+        store: TCPStore,
+        epoch: int,
+        name: str,
+        side: int,
+        timeout_s: float,
+        depth: int,
+        device: torch.device,
+        give_up: Callable[[], bool] = lambda: False,
+    ):
         self.name = f"{name} of epoch {epoch}"
         self._group: Any = _form(store, epoch, name, side, 2, timeout_s, device)
         self._peer = 1 - side
         self._sent: deque[tuple[torch.distributed.Work, torch.Tensor]] = deque()
         self._depth, self._device = depth, device
         if device.type != "cpu":
-            self._connect(timeout_s)
+            self._connect(timeout_s, give_up)
 
-    def _connect(self, timeout_s: float) -> None:
+    def _connect(self, timeout_s: float, give_up: Callable[[], bool]) -> None:
         """NCCL connects two ranks at their first message, and neither's process goes on before the other has its end of it: two
         stages that each began with another pair would wait for each other."""
         greeting = torch.zeros(1, device=self._device)
-        with _lost_as(self.name):
+        with _closed_if_lost(self), _lost_as(self.name):
             pass_on = self._group.recv if self._peer == 0 else self._group.send
             pass_on([greeting], self._peer, 0).wait()
-            _wait_for_device(self._device, timeout_s)
+            _wait_for_device(self._device, timeout_s, give_up)
 
     def send(self, tensor: torch.Tensor) -> None:
         """Returns at once; the tensor must not change afterwards."""
@@ -311,11 +332,21 @@ class Pair:
         self._sent.clear()
 
 
-def _wait_for_device(device: torch.device, timeout_s: float) -> None:
+def _wait_for_device(device: torch.device, timeout_s: float, give_up: Callable[[], bool]) -> None:
     """Until it has done all that its current stream has."""
     reached = torch.cuda.Event()
     reached.record(torch.cuda.current_stream(device))
-    reach(reached, timeout_s, lambda: False)
+    reach(reached, timeout_s, give_up)
+
+
+@contextlib.contextmanager
+def _closed_if_lost(ends: NcclGroup | Pair) -> Iterator[None]:
+    """What is being formed is nobody's yet: what it has put on the device would wait there for ever, and all that comes after it."""
+    try:
+        yield
+    except LinkLost:
+        ends.close()
+        raise
 
 
 def _form(store: TCPStore, epoch: int, name: str, place: int, size: int, timeout_s: float, device: torch.device) -> Any:

@@ -44,7 +44,7 @@ class Strategy(Protocol):
     ) -> torch.Tensor:
         """x [T, H], the slots of its experts int64 [T, k] and their weights float32 [T, k] -> the weighted sums [T, H], with the
         `shared` expert's as combine_experts takes it. Ranks along `owes` see the same rows, and must have the same slots for them.
-        Only the first `num_rows` rows are somebody's; what the others give is nobody's."""
+        Rows from number `num_rows` on are nobody's, and so is what they give."""
         ...
 
 

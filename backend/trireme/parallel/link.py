@@ -77,13 +77,10 @@ def form_link(
     num_stages, num_ranks, rank, limit_s = settings.num_stages, settings.ranks_per_stage, collectives.rank, settings.step_timeout_s
     if not settings.meets:
         return SoloLink() if num_stages == 1 else TensorLink(stage, rank, hidden=hidden, dtype=dtype)
-    meeting = make_unless(give_up, lambda: reach_store(store, limit_s))
+    meeting = make_unless(give_up, lambda _: reach_store(store, limit_s))
     meet(meeting, epoch, stage * num_ranks + rank, settings.world, limit_s, give_up)
 
-    def pair(name: str, side: int) -> Pair:
-        return Pair(meeting, epoch, f"{name}.{rank}", side, limit_s, settings.inflight, collectives.device)
-
-    def join_peers(span: Span, name: str, group: Group) -> Peers | None:
+    def join_peers(span: Span, name: str, group: Group, given_up: Callable[[], bool]) -> Peers | None:
         op, place, device = collectives.peer_sum, span.place(rank), collectives.device
         if op is None or span.use:
             return None
@@ -96,17 +93,21 @@ def form_link(
         if isinstance(peers, str):
             log.info("sums of %s by NCCL alone: %s", name, peers)
             return None
-        log.info("sums of %s: %s", name, find_most(peers, group, device, tell, limit_s, give_up))
+        log.info("sums of %s: %s", name, find_most(peers, group, device, tell, limit_s, given_up))
         return peers if peers.most else None
 
-    def form() -> tuple[dict[Span, Group], dict[Span, Peers], Link]:
+    def form(given_up: Callable[[], bool]) -> tuple[dict[Span, Group], dict[Span, Peers], Link]:
         """Every rank forms its groups in this order, and then its pairs, so none waits in a circle."""
+
+        def pair(name: str, side: int) -> Pair:
+            return Pair(meeting, epoch, f"{name}.{rank}", side, limit_s, settings.inflight, collectives.device, given_up)
+
         groups: dict[Span, Group] = {}
         peers: dict[Span, Peers] = {}
         for span in collectives.spans:
             name = f"stage_{stage}.{collectives.mesh.group_of(span, rank).name}"
-            groups[span] = form_group(meeting, epoch, name, span.place(rank), span.size, limit_s, collectives.device)
-            if (joined := join_peers(span, name, groups[span])) is not None:
+            groups[span] = form_group(meeting, epoch, name, span.place(rank), span.size, limit_s, collectives.device, given_up)
+            if (joined := join_peers(span, name, groups[span], given_up)) is not None:
                 peers[span] = joined
         if num_stages == 1:
             return groups, peers, SoloLink()

@@ -93,7 +93,7 @@ class Mesh:
         return [self.group(axis, rank) for rank in firsts]
 
     def every_group(self) -> list[Group]:
-        """All groups of all axes, one that is of several axes once: what graph capture must enter."""
+        """All groups of all axes, one that is of several axes once."""
         return list(dict.fromkeys(group for axis in self.axes for group in self.groups(axis)))
 
     def name_of(self, span: Span) -> str:

@@ -4,7 +4,7 @@ service's to say, and which slot a row goes to is parallel/placement's."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 
 from trireme.core.maps import is_legal
 from trireme.parallel.collectives import Along
-from trireme.parallel.comm import Group
+from trireme.parallel.comm import Group, reach
 from trireme.parallel.placement import Placement
 
 _CHUNK = 4  # experts that a rank receives at once: what is on its way takes memory, and one giant exchange hangs NCCL
@@ -148,9 +148,10 @@ class Relocation:
         return staged.version if staged else 0
 
     @torch.inference_mode()
-    def warm_up(self) -> None:
+    def warm_up(self, limit_s: float, give_up: Callable[[], bool]) -> None:
         """At the beginning of an epoch, before steps, by all ranks along ep: send a full chunk every way, and put one expert where it is.
-        The first time loads kernels and connects ranks, for which a GPU stands still: beside steps one of them took 1.1 s (H100)."""
+        The first time loads kernels and connects ranks, for which a GPU stands still: beside steps one of them took 1.1 s (H100).
+        LinkLost where another rank does not come, in time or before `give_up` says so."""
         if self._stream is None or self._along.size == 1:
             return
         size, records = self._along.size, self._records[0]
@@ -159,6 +160,9 @@ class Relocation:
             records.write(0, 0, out[0, : records.size])
             with self._along.held() as group:
                 group.all_to_all(out, [_CHUNK] * size, [_CHUNK] * size)
+                done = torch.cuda.Event()
+                done.record()
+                reach(done, limit_s, give_up)  # a synchronize nobody could end
             records.is_spoilt(out[0, : records.size], 0).tolist()
             records.read(out[:1, : records.size], torch.zeros(1, dtype=torch.int64, device=self._device))
 

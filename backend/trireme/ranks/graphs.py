@@ -91,6 +91,8 @@ def why_none(settings: Settings, decoder: Decoder, device: torch.device) -> str 
         return "its attention cannot be captured"
     if decoder.capture_states(1, 1) is None:
         return "its states cannot be captured"
+    if not shapes(settings, decoder):
+        return "sequence parallelism cuts the rows between stages in every step"
     return None
 
 

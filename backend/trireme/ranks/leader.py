@@ -118,7 +118,8 @@ class Leader:
             return self._state()
 
     def prepare(self, offer: Offer) -> None:
-        """New expert maps for this stage. Its ranks lay them ready while steps go on; what became of it the next Push says."""
+        """New expert maps for this stage, if any, which its ranks lay ready while steps go on: what became of them the next Push says.
+        And whether the service wants the experts of every row."""
         with self._locked():
             if not offer.records:
                 self._told.take()

@@ -81,7 +81,8 @@ def check_states(settings: Settings, device: torch.device, sizes: Sizes, stage: 
 def find_room(
     settings: Settings, device: torch.device, sizes: Sizes, *, largest: Callable[[], None], decode: Callable[[], None], num_graphs: int
 ) -> Room:
-    """With states of all slots in place. `largest` and `decode` compute a step of the most rows, and one of the most sequences."""
+    """With states of all slots in place. `largest` and `decode` compute the steps of the most rows, and those of the most sequences
+    that graphs hold."""
     states = settings.max_num_seqs * sizes.slot
     if device.type == "cpu":
         return Room(settings.kv_cache_memory_bytes or _CPU_BYTES, _snapshots(settings, sizes, _CPU_BYTES), states)

@@ -25,7 +25,7 @@ class Mixtures:
     def __init__(self, decoder: Decoder, settings: Settings):
         build = decoder.build
         assert settings.eplb is not None, "the plan says so"
-        self._layers, self._device = decoder.mixtures, build.device
+        self._layers, self._device, self._limit_s = decoder.mixtures, build.device, settings.step_timeout_s
         self._alike = build.collectives.along(self._layers[0].strategy.owes)  # ranks that must choose the same copies
         self._relocation: Relocation | None = None
         if build.plan.ep > 1:  # else there is nowhere to go
@@ -67,11 +67,11 @@ class Mixtures:
         if self._relocation is not None:
             self._relocation.drop()
 
-    def begin(self) -> None:
-        """An epoch."""
+    def begin(self, give_up: Callable[[], bool]) -> None:
+        """An epoch. LinkLost where other ranks of the stage do not come, or `give_up` says so."""
         self.forget()
         if self._relocation is not None:
-            self._relocation.warm_up()
+            self._relocation.warm_up(self._limit_s, give_up)
 
     def forget(self) -> None:
         """What was counted, and chosen, before."""

@@ -95,7 +95,7 @@ class Runner:
             self._capture(give_up)
             logger(f"stage_{self._stage} rank {self.collectives.rank}").info("graphs: %s", self.graphs)
         if self._mixtures is not None:
-            self._mixtures.begin()
+            self._mixtures.begin(give_up)
         self._fed.clear()
         self._sampler.clear()
         self._prompts.clear()
@@ -177,8 +177,8 @@ class Runner:
         stretches = self._prompts.stretches(rows)
         batch, routed, recorded = None, bytes, bytes
         records = self._records(step)
-        graph = self._find_graph(step, rows)
-        if graph is not None and not stretches:
+        graph = None if stretches else self._find_graph(step, rows)
+        if graph is not None:
             computed = graph.run(rows, self._table_of(rows.slots, rows.ends), received)
         else:
             head_rows = np.concatenate([rows.sampled, *(stretch.rows for stretch in stretches)])

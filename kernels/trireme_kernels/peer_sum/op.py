@@ -49,7 +49,7 @@ class Boxes(Protocol):
 
 class PeerSum(Protocol):
     """Sizes a case may name: hidden. All ranks make the same calls in the same order; all get the same bits, for float32 sums are
-    made in the order of places. Both may be captured in a graph. A call waits, on the device, for the others' calls."""
+    made in the order of places. All may be captured in a graph. A call waits, on the device, for the others' calls."""
 
     def sum(self, x: Tensor, boxes: Boxes) -> Tensor:
         """x of at most cells * C numbers -> their sums over the ranks; x itself may be overwritten."""
