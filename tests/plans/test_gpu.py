@@ -125,32 +125,35 @@ def test_bfloat16_is_near(pool, tmp_path):
     assert logits[-1].max() - logits[-1, output[0]] < 0.3
 
 
-def decode(runner: Runner, temperature: float) -> list[int]:
-    """Four prompts in one step, then steps fed back, each launched before the last one's tokens are known and without a wait."""
+def decode(runner: Runner, temperature: float, drafts: int = 0) -> list[int]:
+    """Four prompts in one step, then steps fed back, each launched before the last one's tokens are known and without a wait. Their
+    tokens, then so many drafts after each."""
     runner.begin(SoloLink())
     slots, length = range(4), 20
     opens = [Open(slot, Sampling(max_tokens=99, temperature=temperature, seed=slot), length) for slot in slots]
     writes = np.array([(slot, index, 4 * slot + index) for slot in slots for index in range(4)], np.int32)
     prompts = ints(np.arange(4 * length) % 200 + 3)
     items = ints(slots), ints([0] * 4), ints([length] * 4), ints([1] * 4)
-    pending = [runner.run(Step(0, 0, *items, prompts, opens=opens, page_writes=writes.tobytes(), returns=True), None, 0.0)]
+    more = {"returns": True, "nexts": ints([-1] * 4)}
+    pending = [runner.run(Step(0, 0, *items, prompts, opens=opens, page_writes=writes.tobytes(), **more), None, 0.0)]
     pending[0].finish()
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for number in range(1, 9):
             items = ints(slots), ints([length + number - 1] * 4), ints([1] * 4), ints([1] * 4)
-            pending.append(runner.run(Step(0, number, *items, ints([FED] * 4), returns=True), None, 0.0))
+            pending.append(runner.run(Step(0, number, *items, ints([FED] * 4), drafts=drafts, **more), None, 0.0))
     finally:
         torch.cuda.set_sync_debug_mode(mode)
-    return [token for each in pending for token in np.frombuffer(each.finish()[0].tokens, np.int32).tolist()]
+    outcomes = [each.finish()[0] for each in pending]
+    return [token for each in outcomes for token in np.frombuffer(each.tokens + each.drafts, np.int32).tolist()]
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "qwen3_5"])
-def test_steps_are_launched_without_waiting(checkpoints, family):
+@pytest.mark.parametrize(("family", "drafts"), [("qwen3", 0), ("qwen3_moe", 0), ("qwen3_5", 0), ("qwen3_5_moe", 3)])
+def test_steps_are_launched_without_waiting(checkpoints, family, drafts):
     told = []
     for eager in (False, True):
         runner = load_runner(settings(checkpoints[family], enforce_eager=eager), 0, 0, progress=lambda sentence: None)
-        told.append([decode(runner, temperature) for temperature in (0.0, 0.8)])
+        told.append([decode(runner, temperature, drafts) for temperature in (0.0, 0.8)])
     assert told[0] == told[1]
     assert told[0][0] != told[0][1]
