@@ -110,6 +110,13 @@ def reach(event: torch.cuda.Event, limit_s: float, give_up: Callable[[], bool]) 
         time.sleep(_GLANCE_S / 10)
 
 
+def wait_for_device(device: torch.device, limit_s: float, give_up: Callable[[], bool]) -> None:
+    """Until it has done all that its current stream has, as `reach` waits: a synchronize nobody could end."""
+    done = torch.cuda.Event()
+    done.record(torch.cuda.current_stream(device))
+    reach(done, limit_s, give_up)
+
+
 class Group(Protocol):
     """Ranks of one epoch that call the same collectives in the same order, each with its place among them. LinkLost where one
     of them is gone or late."""
@@ -200,7 +207,7 @@ class NcclGroup:
             self.all_gather(x[:1], ones)
             self.reduce_scatter(x, ones)
             self.all_to_all(x, ones, ones)
-            _wait_for_device(device, timeout_s, give_up)
+            wait_for_device(device, timeout_s, give_up)
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         x = x.contiguous()
@@ -295,7 +302,7 @@ class Pair:
         with _closed_if_lost(self), _lost_as(self.name):
             pass_on = self._group.recv if self._peer == 0 else self._group.send
             pass_on([greeting], self._peer, 0).wait()
-            _wait_for_device(self._device, timeout_s, give_up)
+            wait_for_device(self._device, timeout_s, give_up)
 
     def send(self, tensor: torch.Tensor) -> None:
         """Returns at once; the tensor must not change afterwards."""
@@ -330,13 +337,6 @@ class Pair:
             self._group.abort()
         self._group = None
         self._sent.clear()
-
-
-def _wait_for_device(device: torch.device, timeout_s: float, give_up: Callable[[], bool]) -> None:
-    """Until it has done all that its current stream has."""
-    reached = torch.cuda.Event()
-    reached.record(torch.cuda.current_stream(device))
-    reach(reached, timeout_s, give_up)
 
 
 @contextlib.contextmanager

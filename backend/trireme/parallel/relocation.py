@@ -12,7 +12,7 @@ import torch
 
 from trireme.core.maps import is_legal
 from trireme.parallel.collectives import Along
-from trireme.parallel.comm import Group, reach
+from trireme.parallel.comm import Group, wait_for_device
 from trireme.parallel.placement import Placement
 
 _CHUNK = 4  # experts that a rank receives at once: what is on its way takes memory, and one giant exchange hangs NCCL
@@ -160,9 +160,7 @@ class Relocation:
             records.write(0, 0, out[0, : records.size])
             with self._along.held() as group:
                 group.all_to_all(out, [_CHUNK] * size, [_CHUNK] * size)
-                done = torch.cuda.Event()
-                done.record()
-                reach(done, limit_s, give_up)  # a synchronize nobody could end
+                wait_for_device(self._device, limit_s, give_up)
             records.is_spoilt(out[0, : records.size], 0).tolist()
             records.read(out[:1, : records.size], torch.zeros(1, dtype=torch.int64, device=self._device))
 

@@ -24,7 +24,7 @@ from trireme.core.batch import Batch, Items
 from trireme.core.settings import Settings
 from trireme.core.step import PAGE, Regime
 from trireme.models.decoder import Computed, Decoder
-from trireme.parallel.comm import reach
+from trireme.parallel.comm import wait_for_device
 from trireme.parallel.deal import Deal
 from trireme.ranks.regimes import measures_sp
 from trireme.ranks.rows import Rows
@@ -108,9 +108,7 @@ class Recorder:
     def __call__(self, compute: Callable[[], None]) -> Recording:
         """LinkLost where another rank does not come."""
         compute()  # what is compiled, chosen or connected at its first use cannot be captured
-        done = torch.cuda.Event()
-        done.record()
-        reach(done, self._limit_s, self._give_up)  # a synchronize nobody could end
+        wait_for_device(self._device, self._limit_s, self._give_up)
         graph = torch.cuda.CUDAGraph()
         try:
             # only this thread's calls are looked at: NCCL's watchdogs ask for events meanwhile
