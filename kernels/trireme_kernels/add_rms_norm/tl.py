@@ -12,6 +12,7 @@ from torch import Tensor
 from trireme_kernels.add_rms_norm.op import AddRmsNorm
 from trireme_kernels.case import Case
 from trireme_kernels.pdl import after_earlier, early
+from trireme_kernels.rms_norm.tl import normed_row
 
 
 def fits(case: Case) -> str | None:
@@ -40,14 +41,11 @@ def _rows(
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < hidden
-    scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.load(weight + column, mask=inside, other=0.0)
     after_earlier(PDL)
     left = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
     right = tl.load(residual + row * residual_stride + column, mask=inside, other=0.0).to(tl.float32)
     kind = total.dtype.element_ty
     rounded = (left + right).to(kind)
     tl.store(total + row * hidden + column, rounded, mask=inside)
-    value = rounded.to(tl.float32)
-    unscaled = value * tl.rsqrt(tl.sum(value * value, axis=0) / hidden + eps)
-    unscaled = unscaled.to(weight.dtype.element_ty).to(tl.float32)
-    tl.store(normed + row * hidden + column, (unscaled * scale).to(kind), mask=inside)
+    tl.store(normed + row * hidden + column, normed_row(rounded.to(tl.float32), scale, hidden, eps, kind), mask=inside)

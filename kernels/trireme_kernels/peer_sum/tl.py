@@ -14,6 +14,7 @@ from torch import Tensor
 from trireme_kernels.case import Case
 from trireme_kernels.pdl import after_earlier, early
 from trireme_kernels.peer_sum.op import Boxes, PeerSum, empty_key_of, empty_of
+from trireme_kernels.rms_norm.tl import normed_row
 
 _GLANCE = 256  # looks into the box between looks at `given_up`
 
@@ -156,7 +157,7 @@ def _rows(
     row = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     inside = column < hidden
-    scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.load(weight + column, mask=inside, other=0.0)
     after_earlier(PDL)
     mine = tl.load(bits + row * x_stride + column, mask=inside, other=0)
     before = tl.load(residual + row * residual_stride + column, mask=inside, other=0.0).to(tl.float32)
@@ -166,10 +167,7 @@ def _rows(
     )
     rounded = (summed + before).to(kind)
     tl.store(total + row * hidden + column, rounded, mask=inside)
-    value = rounded.to(tl.float32)
-    unscaled = value * tl.rsqrt(tl.sum(value * value, axis=0) / hidden + eps)
-    unscaled = unscaled.to(weight.dtype.element_ty).to(tl.float32)
-    tl.store(normed + row * hidden + column, (unscaled * scale).to(kind), mask=inside)
+    tl.store(normed + row * hidden + column, normed_row(rounded.to(tl.float32), scale, hidden, eps, kind), mask=inside)
 
 
 @triton.jit(do_not_specialize=["num"])

@@ -35,9 +35,14 @@ def _rows(x, weight, out, row_stride, hidden, eps, BLOCK: tl.constexpr, PDL: tl.
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < hidden
-    scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.load(weight + column, mask=inside, other=0.0)
     after_earlier(PDL)
     value = tl.load(x + row * row_stride + column, mask=inside, other=0.0).to(tl.float32)
-    normed = value * tl.rsqrt(tl.sum(value * value, axis=0) / hidden + eps)
-    normed = normed.to(weight.dtype.element_ty).to(tl.float32)
-    tl.store(out + row * hidden + column, (normed * scale).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + row * hidden + column, normed_row(value, scale, hidden, eps, out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def normed_row(value, scale, hidden, eps, kind: tl.constexpr):
+    """value float32 [BLOCK], numbers past the row's own zero, scale [BLOCK] -> [BLOCK] of `kind`. All norms round alike."""
+    unscaled = value * tl.rsqrt(tl.sum(value * value, axis=0) / hidden + eps)
+    return (unscaled.to(scale.dtype).to(tl.float32) * scale.to(tl.float32)).to(kind)
