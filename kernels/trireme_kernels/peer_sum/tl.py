@@ -99,7 +99,7 @@ def _fixed(boxes: Boxes, block: int, box: Tensor) -> dict[str, int]:
     }
 
 
-@triton.jit(do_not_specialize=["num"])
+@triton.jit  # `num` may be known as a multiple of 16: then rows are written in pieces of 16 bytes, else in numbers of two
 def _sums(
     bits,
     x,
