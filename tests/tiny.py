@@ -104,7 +104,7 @@ def tiny_checkpoint(directory: Path | str, family: str, *, seed: int = 0, max_sh
     config = tiny_config(family, **overrides)
     noise = torch.Generator().manual_seed(seed)
     kind = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
-    with _torch_alone():
+    with torch_alone():
         model = kind.from_config(config, dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
         for name, param in model.named_parameters():
@@ -172,12 +172,12 @@ def fuse_experts(directory: Path) -> Path:
 
 def oracle(directory: Path | str) -> PreTrainedModel:
     """The checkpoint in transformers, float32 on the CPU."""
-    with _torch_alone():
+    with torch_alone():
         return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
 
 
 @contextmanager
-def _torch_alone() -> Iterator[None]:
+def torch_alone() -> Iterator[None]:
     """Models of transformers that are imported meanwhile compute by PyTorch alone: kernels of packages that a GPU host has do not
     compute on its CPU."""
     hidden = {name: sys.modules.get(name) for name in ("fla", "causal_conv1d")}

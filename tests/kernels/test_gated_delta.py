@@ -5,11 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from transformers.models.qwen3_5.modeling_qwen3_5 import torch_chunk_gated_delta_rule, torch_recurrent_gated_delta_rule
 
+from tiny import torch_alone
 from trireme_kernels.case import Case
 from trireme_kernels.choose import build
 from trireme_kernels.gated_delta.cases import inputs
+
+with torch_alone():
+    from transformers.models.qwen3_5.modeling_qwen3_5 import torch_chunk_gated_delta_rule, torch_recurrent_gated_delta_rule
 
 NAMES = ["chunked", "reference"]
 SIZES = {"num_key_heads": 2, "num_value_heads": 6, "key_dim": 24, "value_dim": 40}
