@@ -3,7 +3,7 @@ draft, and one more draft, which is replayed for each. What they compute is the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -105,13 +105,15 @@ class _Chain:
         self._recordings: list[Recording] = []
 
     def warm(self) -> None:
-        self._pass()
-        self._go_on()
+        for launches in self._launches():
+            launches()
 
     def capture(self, record: Record) -> None:
-        self._recordings.append(record(self._pass))
-        if self._most > 1:
-            self._recordings.append(record(self._go_on))  # computed after a pass, so that places are those of a step
+        self._recordings += [record(launches) for launches in self._launches()]
+
+    def _launches(self) -> list[Callable[[], None]]:
+        """What is replayed. To go on is computed after a pass, so that places are those of a step; with one draft it has none."""
+        return [self._pass, self._go_on] if self._most > 1 else [self._pass]
 
     def drop(self) -> None:
         for recording in self._recordings:
