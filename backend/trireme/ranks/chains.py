@@ -109,7 +109,8 @@ class _Chain:
             launches()
 
     def capture(self, record: Record) -> None:
-        self._recordings += [record(launches) for launches in self._launches()]
+        for launches in self._launches():
+            self._recordings.append(record(launches))
 
     def _launches(self) -> list[Callable[[], None]]:
         """What is replayed. To go on is computed after a pass, so that places are those of a step; with one draft it has none."""
