@@ -3,7 +3,7 @@
 import pytest
 
 from trireme.core import devices
-from trireme.core.devices import num_gpus, place_ranks
+from trireme.core.devices import num_gpus, place_ranks, steps_in_flight
 from trireme.core.refusal import Refusal
 from trireme.core.settings import Settings, make_settings
 
@@ -33,6 +33,15 @@ def test_auto_takes_gpus_only_where_each_rank_gets_one(host):
     host(4)
     assert place_ranks(four) == [[0, 1], [2, 3]]
     assert place_ranks(settings(device="cpu")) is None
+
+
+def test_gpus_get_one_more_step_in_flight(host):
+    two = {"pipeline_parallel_size": 2}
+    assert steps_in_flight(settings(**two)) == 3
+    host(2)
+    assert steps_in_flight(settings(**two)) == 4
+    assert steps_in_flight(settings(**two, device="cpu")) == 3
+    assert [steps_in_flight(settings(**two, async_depth=depth)) for depth in (0, 1, 3)] == [2, 3, 5]
 
 
 def test_gpus_that_are_not_here(host):

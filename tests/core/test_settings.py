@@ -22,15 +22,15 @@ def test_a_stage_reads_the_fronts_file_and_paths_start_beside_the_repository(tmp
     front, stage = (read_settings(repo / name / "1" / "model.json") for name in ("llm", "stage_0"))
     assert front == stage
     assert front.model == str(tmp_path / "models" / "tiny")
-    assert (front.num_stages, front.inflight, front.fed_back) == (2, 3, True)
+    assert (front.num_stages, front.async_depth, front.fed_back) == (2, None, True)
 
 
 def test_paths_of_eplb_start_there_too(tmp_path):
     repo = repository(tmp_path, {"model": "m", "eplb": {"state": "loads", "initial_map": "maps.safetensors"}})
     eplb = read_settings(repo / "stage_0" / "1" / "model.json").eplb
     assert eplb is not None and (eplb.state, eplb.initial_map) == (str(tmp_path / "loads"), str(tmp_path / "maps.safetensors"))
-    assert Limits.of(make_settings({"model": "m", "eplb": {"count_every": 3}}), max_model_len=16, num_pages=1).count_every == 3
-    assert Limits.of(make_settings({"model": "m"}), max_model_len=16, num_pages=1).count_every is None
+    assert Limits.of(make_settings({"model": "m", "eplb": {"count_every": 3}}), inflight=2, max_model_len=16, num_pages=1).count_every == 3
+    assert Limits.of(make_settings({"model": "m"}), inflight=2, max_model_len=16, num_pages=1).count_every is None
 
 
 def test_written_settings_read_back(tmp_path):
@@ -80,7 +80,7 @@ def test_a_stage_has_tp_times_cp_ranks():
 def test_sequence_parallelism_begins_at_a_number_of_rows(given, tp, rows):
     settings = make_settings({"model": "m", "sequence_parallel": given, "tensor_parallel_size": tp, "context_parallel_size": 2})
     assert settings.sp_from == rows
-    limits = Limits.of(settings, max_model_len=32, num_pages=2)
+    limits = Limits.of(settings, inflight=2, max_model_len=32, num_pages=2)
     assert (limits.sp_from, limits.cp) == (rows, 2)
 
 
@@ -88,7 +88,7 @@ def test_sequence_parallelism_begins_at_a_number_of_rows(given, tp, rows):
 def test_drafts_are_made_where_the_checkpoint_has_a_head(said, num_layers, num_drafts):
     settings = make_settings({"model": "m", "mtp": {"num_tokens": said, "adaptive": False, "max_batch_size": 5}})
     assert settings.mtp.num_drafts(num_layers) == num_drafts
-    limits = Limits.of(settings, max_model_len=32, num_pages=2, num_snapshots=7, num_drafts=num_drafts)
+    limits = Limits.of(settings, inflight=2, max_model_len=32, num_pages=2, num_snapshots=7, num_drafts=num_drafts)
     assert (limits.num_drafts, limits.adaptive_drafts, limits.max_drafting, limits.num_snapshots) == (num_drafts, False, 5, 7)
 
 
@@ -110,5 +110,5 @@ def test_broken_files_are_refused(tmp_path):
 
 def test_a_sequence_must_fit():
     with pytest.raises(Refusal, match="cannot hold one sequence"):
-        Limits.of(Settings(model="m"), max_model_len=33, num_pages=2)
-    assert Limits.of(Settings(model="m"), max_model_len=32, num_pages=2).num_pages == 2
+        Limits.of(Settings(model="m"), inflight=2, max_model_len=33, num_pages=2)
+    assert Limits.of(Settings(model="m"), inflight=2, max_model_len=32, num_pages=2).num_pages == 2

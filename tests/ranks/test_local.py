@@ -15,6 +15,7 @@ import torch
 
 from tiny import greedy_tokens, prompt_logits, random_prompts, tiny_checkpoint
 from trireme.core.control import Fault, Found, Founded, Join, Joined, Parcel, Status, open_answer, pack_ask, seal_step
+from trireme.core.devices import steps_in_flight
 from trireme.core.request import Sampling
 from trireme.core.settings import Settings, make_settings
 from trireme.core.step import FED, Open, Step, array, first_checksum, ints, pack_step
@@ -46,7 +47,7 @@ class Hand:
 
     def __init__(self, stages: LocalStages, settings: Settings):
         self.stages, self.epoch = stages, 0
-        self.meets, self.fed_back, self.inflight = settings.meets, settings.fed_back, settings.inflight
+        self.meets, self.fed_back, self.inflight = settings.meets, settings.fed_back, steps_in_flight(settings)
 
     def post(self, stage: int, packed: bytes, rows=None) -> queue.Queue:
         box: queue.Queue = queue.Queue()

@@ -14,7 +14,7 @@ from trireme.serve.checks import ServerFlags, check_checkpoint, check_instance, 
 
 
 def settings(**values):
-    return make_settings({"model": "/nowhere", **values})
+    return make_settings({"model": "/nowhere", "device": "cpu", **values})
 
 
 def test_flags_in_both_spellings():

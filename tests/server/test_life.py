@@ -103,7 +103,7 @@ def test_a_killed_server_takes_everything_along(checkpoint, tmp_path):
     [
         ({"model": "/nowhere"}, (), "no checkpoint in /nowhere"),
         ({"pipeline_parallel_size": 4}, ("--model-load-thread-count=4",), "--model-load-thread-count=5"),
-        ({"pipeline_parallel_size": 4}, ("--backend-config=python,thread-pool-size=9",), "thread-pool-size=28"),
+        ({"pipeline_parallel_size": 4, "async_depth": 1}, ("--backend-config=python,thread-pool-size=9",), "thread-pool-size=28"),
     ],
 )
 def test_what_cannot_work_ends_with_one_line(checkpoint, tmp_path, settings, flags, sentence):

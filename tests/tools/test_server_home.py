@@ -87,7 +87,7 @@ def test_the_command_passes_the_checks_of_its_own_models(installed, tmp_path):
         shm_prefix="p_",
     )
     flags = ServerFlags.read(argv)
-    assert flags.explicit and flags.load_threads == 7 and flags.thread_pool >= settings.inflight * 6 + 8
+    assert flags.explicit and flags.load_threads == 7 and flags.thread_pool >= 10 * 6 + 8
 
 
 def test_a_taken_port_is_refused_by_its_name():

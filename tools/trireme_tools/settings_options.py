@@ -63,7 +63,7 @@ FLAGS = {
     "experts": Flag("how rows and experts meet: gathered or dispatched"),
     "device": Flag("auto, cpu or cuda"),
     "devices": Flag('GPUs of the ranks of each stage, as "0,1;2,3"', read=_devices),
-    "async_depth": Flag("steps in flight beyond pp"),
+    "async_depth": Flag("steps in flight beyond pp (default: 2 on GPUs, 1 on CPUs)"),
     "link": Flag("how rows go from stage to stage: collective or tensor"),
     "layer_cut": Flag("layers of each stage, as 16,14 (default: by a cost model)", read=_cut),
     "dtype": Flag("auto, float32, bfloat16 or float16"),

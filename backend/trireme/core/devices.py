@@ -1,4 +1,5 @@
-"""Devices: which GPU each rank computes on, or none, from the settings and /dev alone: leaders and ranks of a host agree, without torch."""
+"""Devices: which GPU each rank computes on, or none, and what follows from that, from the settings and /dev alone: the front, leaders
+and ranks of a host agree, without torch."""
 
 from __future__ import annotations
 
@@ -42,3 +43,12 @@ def place_ranks(settings: Settings) -> list[list[int]] | None:
         )
     ranks = settings.ranks_per_stage
     return [list(range(stage * ranks, (stage + 1) * ranks)) for stage in range(settings.num_stages)]
+
+
+def steps_in_flight(settings: Settings) -> int:
+    """Over all stages. One beyond pp hides the front. On GPUs a second hides a busy host too (up to 9 ms of a step, seen on H100s), for
+    a row more of each sequence that ends; on CPUs the ranks need the cores that it would keep busy. Refusal as by place_ranks."""
+    depth = settings.async_depth
+    if depth is None:
+        depth = 1 if place_ranks(settings) is None else 2
+    return settings.num_stages + depth

@@ -77,7 +77,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, fo
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where this host has a GPU for every rank
     devices: list[list[int]] | None = None  # GPUs of the ranks of each stage; None: the first ones there are
     layer_cut: list[int] | None = None  # layers of each stage; None: by the cost model
-    async_depth: int = 1  # steps in flight beyond pp
+    async_depth: int | None = None  # steps in flight beyond pp; None: 2 on GPUs, 1 on CPUs
     link: Literal["collective", "tensor"] = "collective"  # how rows go from stage to stage
     threads_per_rank: int | None = None  # CPU threads; None: cores / ranks
     default_max_tokens: int = 256  # for requests that name none
@@ -109,11 +109,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, fo
         return self.tensor_parallel_size if self.sequence_parallel == "on" else self.sequence_parallel
 
     @property
-    def inflight(self) -> int:
-        """Steps in flight over all stages."""
-        return self.pipeline_parallel_size + self.async_depth
-
-    @property
     def meets(self) -> bool:
         """Whether ranks speak to one another, and so must meet when an epoch begins."""
         return self.ranks_per_stage > 1 or (self.num_stages > 1 and self.link == "collective")
@@ -128,8 +123,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, fo
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """What the scheduler may do: Settings resolved against the checkpoint (max_model_len, num_drafts) and the stages (num_pages,
-    num_snapshots, sp_from)."""
+    """What the scheduler may do: Settings resolved against the checkpoint (max_model_len, num_drafts), the stages (num_pages,
+    num_snapshots, sp_from) and where they compute (inflight)."""
 
     max_model_len: int
     num_pages: int
@@ -155,6 +150,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
         cls,
         settings: Settings,
         *,
+        inflight: int,
         max_model_len: int,
         num_pages: int,
         num_snapshots: int | None = None,
@@ -178,7 +174,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
             max_queue_size=settings.max_queue_size,
             enable_prefix_caching=settings.enable_prefix_caching,
             num_stages=settings.num_stages,
-            inflight=settings.inflight,
+            inflight=inflight,
             fed_back=settings.fed_back,
             sp_from=settings.sp_from if sp_from is None else sp_from,
             cp=settings.context_parallel_size,

@@ -11,6 +11,7 @@ from queue import Empty, SimpleQueue
 from typing import NamedTuple
 
 from trireme.core.control import StageState
+from trireme.core.devices import steps_in_flight
 from trireme.core.log import logger
 from trireme.core.refusal import Refusal
 from trireme.core.request import Emission, Request
@@ -335,6 +336,7 @@ class Engine:
             try:
                 limits = Limits.of(
                     self._settings,
+                    inflight=steps_in_flight(self._settings),
                     max_model_len=self._max_model_len,
                     num_pages=num_pages,
                     num_snapshots=num_snapshots,

@@ -17,6 +17,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from trireme.core.devices import steps_in_flight
 from trireme.core.log import logger
 from trireme.core.settings import Settings
 from trireme.parallel.collectives import Collectives
@@ -100,7 +101,7 @@ def form_link(
         """Every rank forms its groups in this order, and then its pairs, so none waits in a circle."""
 
         def pair(name: str, side: int) -> Pair:
-            return Pair(meeting, epoch, f"{name}.{rank}", side, limit_s, settings.inflight, collectives.device, given_up)
+            return Pair(meeting, epoch, f"{name}.{rank}", side, limit_s, steps_in_flight(settings), collectives.device, given_up)
 
         groups: dict[Span, Group] = {}
         peers: dict[Span, Peers] = {}

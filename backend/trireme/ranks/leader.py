@@ -35,6 +35,7 @@ from trireme.core.control import (
     pack_answer,
     pack_ask,
 )
+from trireme.core.devices import steps_in_flight
 from trireme.core.log import logger
 from trireme.core.settings import Settings
 from trireme.core.step import Outcome, Step, array, ints, peek_step
@@ -87,7 +88,7 @@ class Leader:
         self._log = logger(f"stage_{stage}")
         launcher = launcher or LocalLauncher()
         self._ranks = [Rank(settings, stage, rank, run_dir, launcher, self._log) for rank in range(settings.ranks_per_stage)]
-        self._order: StepOrder[_Call] = StepOrder(stage, settings.inflight)
+        self._order: StepOrder[_Call] = StepOrder(stage, steps_in_flight(settings))
         self._maps, self._push = StageMaps(maps or {}), push
         self._num_uncounted = 0  # steps since the last push
         self._records = False  # whether the service wants the experts of every row

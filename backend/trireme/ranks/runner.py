@@ -12,6 +12,7 @@ import torch
 
 from trireme.core.batch import Attend, Batch, Items
 from trireme.core.control import Answer
+from trireme.core.devices import steps_in_flight
 from trireme.core.log import logger
 from trireme.core.request import Logprobs, Sampling
 from trireme.core.settings import Settings
@@ -78,7 +79,7 @@ class Runner:
         self._prompts = Prompts()
         self._link: Link | None = None
         self._mixtures = Mixtures(decoder, settings) if decoder.mixtures and decoder.build.plan.eplb else None
-        self._fed = FedTokens(settings.max_num_seqs, settings.inflight, device)
+        self._fed = FedTokens(settings.max_num_seqs, steps_in_flight(settings), device)
         self._watch: Stopwatch | None = None  # of the last step
         self._graphs: Graphs | None = None
         self._chains: Chains | None = None

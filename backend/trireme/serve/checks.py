@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trireme.core.devices import place_ranks
+from trireme.core.devices import place_ranks, steps_in_flight
 from trireme.core.refusal import Refusal
 from trireme.core.settings import Settings
 from trireme.models.spec import read_spec
@@ -60,7 +60,7 @@ def server_flags() -> ServerFlags:
 def open_calls(settings: Settings) -> int:
     """Threads of the server that healthy models can hold at once: a step in flight holds one at every stage, each stage one for what
     it pushes to `eplb`; the rest send answers."""
-    return (settings.inflight + (settings.eplb is not None)) * settings.num_stages + 8
+    return (steps_in_flight(settings) + (settings.eplb is not None)) * settings.num_stages + 8
 
 
 def check_server(settings: Settings, flags: ServerFlags) -> None:

@@ -24,6 +24,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils  # pyright: ignore[reportMissingImports]  # only inside the server
 
 from trireme.core.control import Parcel, StageState, Status, open_answer, pack_ask, pack_push
+from trireme.core.devices import steps_in_flight
 from trireme.core.log import logger
 from trireme.core.refusal import Refusal
 from trireme.core.request import Emission, Request
@@ -92,7 +93,7 @@ class Front:
             functools.partial(ask, rows=settings.link == "tensor"),
             _reload if flags.explicit else None,
             thread_pool=flags.thread_pool,
-            num_threads=(settings.inflight + 2) * settings.num_stages + len(others),  # steps, and two questions to each stage
+            num_threads=(steps_in_flight(settings) + 2) * settings.num_stages + len(others),  # steps, and two questions to each stage
         )
         num_drafts = settings.mtp.num_drafts(spec.num_mtp_layers)
         self._engine = Engine(settings, max_model_len=self._max_model_len, stages=self._stages, num_drafts=num_drafts)
