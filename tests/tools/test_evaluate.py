@@ -62,7 +62,7 @@ def test_plans_of_a_tiny_checkpoint(tmp_path):
     words += ["--load-format=dummy", "--threads-per-rank=1", "--kv-cache-memory-bytes=8000000"]
     result = CliRunner().invoke(build(), words, catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    one, two = json.loads(result.stdout)
+    one, two = map(json.loads, result.stdout.splitlines())
     assert (one["plan"], two["plan"]) == ("one", "pp2")
     for score in (one, two):
         assert score["problems"] == score["same_as_first"] == 6 and score["right"] == 0 and not score["errors"]

@@ -10,11 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
 from chained import Chained
 from drafted import DraftOracle
 from tiny import prompt_logits
+from trireme.core.refusal import Refusal
 from trireme.serve.text import Text
+from trireme_tools.cli import build
 from trireme_tools.learning import Recipe, _Batches, learn
 from trireme_tools.problems import held_out_problems
 from trireme_tools.small_model import Learner, small_config, write_model
@@ -113,6 +116,11 @@ def test_batches_do_not_depend_on_who_makes_them():
         assert row[said - 1] == END_ID and END_ID not in row[: said - 1] and (row[said:] == END_ID).all()
         assert tokenizer.decode(row[weight == 1].tolist()).startswith(" ")
     assert tokens.shape[1] % 64 == 0
+
+
+def test_no_checkpoint_is_written_over(trained):
+    with pytest.raises(Refusal, match=r"is a checkpoint already.*--force"):
+        CliRunner().invoke(build(), ["train", str(trained[0])], catch_exceptions=False)
 
 
 def test_the_head_sees_no_later_token():

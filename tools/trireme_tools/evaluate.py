@@ -41,7 +41,7 @@ def evaluate(
     num_problems: Annotated[int, typer.Option("--problems", help="How many.", min=1)] = NUM_HELD_OUT,
     concurrency: Annotated[int, typer.Option(help="Problems at once.", min=1)] = 109,
     max_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 160,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON in place of a table.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="A line of JSON for each plan as it is done; the table to stderr.")] = False,
     chosen: dict[str, Any],
 ) -> None:
     """Ask generated word problems in arithmetic, greedily, and count the right answers."""
@@ -55,11 +55,12 @@ def evaluate(
         with context as place, progress_bar(console, place.name, len(problems)) as tick:
             answers, seconds, accepted = _ask(place, problems, concurrency, max_tokens, tick)
         first = first or answers
-        scores.append(make_score(place.name, problems, answers, first, seconds, accepted))
-    if as_json:
-        print(json.dumps([score.as_json() for score in scores], indent=2))
-    else:
-        Console().print(_table(scores))
+        scores.append(score := make_score(place.name, problems, answers, first, seconds, accepted))
+        if as_json:
+            print(json.dumps(score.as_json()), flush=True)
+        else:
+            console.print(f"{score.plan}: {score.accuracy:.1%} in {score.seconds:.1f} s")
+    (console if as_json else Console()).print(_table(scores))
     if errors := [error for score in scores for error in score.errors]:
         raise Refusal(f"{len(errors)} problems got no answer", why=errors[0], kind="internal")
 

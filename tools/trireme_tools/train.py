@@ -12,14 +12,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from trireme.core.refusal import Refusal
-from trireme_tools.home import project_home
-
-MODEL = "Abacus-4M"
 
 
 def train(
-    output: Annotated[Path | None, typer.Argument(help=f"Checkpoint to write (default: models/{MODEL}).")] = None,
+    output: Annotated[Path, typer.Argument(help="Checkpoint to write.")],
     *,
+    force: Annotated[bool, typer.Option("--force", help="Write over a checkpoint that is there.")] = False,
     minutes: Annotated[float, typer.Option(help="How long it learns; the rate falls to zero at the end.", min=0.01)] = 7.0,
     batch_size: Annotated[int, typer.Option(help="Problems of a step.", min=1)] = 512,
     learning_rate: Annotated[float, typer.Option(help="At its peak.")] = 3e-3,
@@ -28,6 +26,8 @@ def train(
     seed: int = 0,
 ) -> None:
     """Train the small model on generated word problems; writes a checkpoint, and a log of how it went beside it."""
+    if (output / "config.json").exists() and not force:
+        raise Refusal(f"{output} is a checkpoint already", why="this would write over it", fix="name another folder, or add --force")
     import torch  # the other verbs do without
 
     if device == "auto":
@@ -39,7 +39,7 @@ def train(
     from trireme_tools.learning import Recipe, learn
 
     recipe = Recipe(seed=seed, minutes=minutes, batch_size=batch_size, learning_rate=learning_rate, evaluate_every_s=evaluate_every_s)
-    console, output = Console(stderr=True), output or project_home() / "models" / MODEL
+    console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("first step", total=1.0)
