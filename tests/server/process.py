@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import time
 import urllib.error
@@ -18,17 +17,10 @@ import psutil
 from trireme.core.settings import make_settings
 from trireme.serve.place import run_folder
 from trireme.serve.repository import write_repository
-from trireme_tools.server_home import Ports, command, find_server, lay_out
+from trireme_tools.server_home import command, find_server, lay_out
+from trireme_tools.supervisor import free_ports
 
 SHM = Path("/dev/shm")
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [sock.getsockname()[1] for sock in sockets]
-    for sock in sockets:
-        sock.close()
-    return ports
 
 
 # A call that the front made in the instant in which the server ended its thread pool: freed later, it crashes 24.10 (README, Limits).
@@ -47,11 +39,11 @@ class ServerProcess:
         self.repository = repository or folder / "repository"
         if repository is None:
             write_repository(self.settings, self.repository)
-        self.http, self.grpc, self.metrics = free_ports(3)
+        ports = free_ports()
+        self.http, self.grpc, self.metrics = ports.http, ports.grpc, ports.metrics
         self.prefix = f"trireme_test_{os.getpid()}_{self.http}_"
         home = find_server()
         backends = lay_out(home, folder / "backends")
-        ports = Ports(self.http, self.grpc, self.metrics)
         argv = command(home, repository=self.repository, backend_dir=backends, ports=ports, thread_pool=64, shm_prefix=self.prefix)
         if not explicit:
             argv = [word for word in argv if not word.startswith(("--model-control-mode", "--load-model"))]

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ import pytest
 
 from layout.sources import HOME, ROOTS
 from trireme.serve.place import run_folder
+from trireme_tools.supervisor import free_ports
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(180)]
 
@@ -66,12 +66,8 @@ class Served:
 @contextlib.contextmanager
 def serving(tmp_path: Path) -> Iterator[Served]:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(3)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        ports = [probe.getsockname()[1] for probe in probes]
-    words = [f"--{name}-port={port}" for name, port in zip(("http", "grpc", "metrics"), ports, strict=True)]
+    ports = free_ports()
+    words = [f"--http-port={ports.http}", f"--grpc-port={ports.grpc}", f"--metrics-port={ports.metrics}"]
     words += ["--load-format=dummy", "--pp=2", "--threads-per-rank=1", "--kv-cache-memory-bytes=4000000"]
     process = subprocess.Popen(
         [sys.executable, "-c", "from trireme_tools.cli import main; main()", "serve", str(tmp_path), *words],
@@ -83,7 +79,7 @@ def serving(tmp_path: Path) -> Iterator[Served]:
     try:
         line = process.stdout.readline()
         assert "trireme ready" in line, (tmp_path / "log").read_text()
-        yield Served(process, ports[0], tmp_path / "log")
+        yield Served(process, ports.http, tmp_path / "log")
     finally:
         process.terminate()
         process.wait(60)

@@ -13,7 +13,7 @@ from trireme.core.settings import Settings
 from trireme.serve.checks import ServerFlags
 from trireme_tools import server_home
 from trireme_tools.server_home import Ports, ServerHome, find_server, lay_out
-from trireme_tools.supervisor import check_ports, thread_pool
+from trireme_tools.supervisor import check_ports, free_ports, thread_pool
 
 
 @pytest.fixture
@@ -88,6 +88,12 @@ def test_the_command_passes_the_checks_of_its_own_models(installed, tmp_path):
     )
     flags = ServerFlags.read(argv)
     assert flags.explicit and flags.load_threads == 7 and flags.thread_pool >= 10 * 6 + 8
+
+
+def test_free_ports_are_below_those_that_connections_get():
+    ports = free_ports()
+    check_ports(ports)
+    assert max(ports.http, ports.grpc, ports.metrics) < 32_768
 
 
 def test_a_taken_port_is_refused_by_its_name():

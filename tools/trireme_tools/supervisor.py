@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -221,10 +222,18 @@ def open_ports() -> Ports:
         check_ports(usual)
         return usual
     except Refusal:
-        with socket.socket() as http, socket.socket() as grpc, socket.socket() as metrics:
-            for probe in (http, grpc, metrics):
-                probe.bind((usual.address, 0))
-            return Ports(*(probe.getsockname()[1] for probe in (http, grpc, metrics)))
+        return free_ports()
+
+
+def free_ports() -> Ports:
+    """Any that nobody has. They lie below those that Linux gives to connections and to whoever asks for any port, one of whom might
+    else have them when the server takes them, seconds later."""
+    while True:
+        http, grpc, metrics = random.SystemRandom().sample(range(10_240, 32_768), 3)
+        ports = Ports(http, grpc, metrics)
+        with contextlib.suppress(Refusal):
+            check_ports(ports)
+            return ports
 
 
 def _die_with_parent() -> None:
