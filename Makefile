@@ -5,6 +5,7 @@ PYTEST  := .venv/bin/python -m pytest
 MODEL   := models/SmolLM2-135M-Instruct/source.json
 
 # Tests are dealt out over the cores, file by file, in this order: files that take minutes first, so that none is left over at the end.
+# One thread a process, since they share the cores: threads that wait for one another spin.
 ROOMS   := $(addprefix tests/,tools server plans ranks parallel models kernels weights layers serve engine core layout)
 SPREAD  := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
@@ -26,7 +27,7 @@ chat: env ## talk to a running server in the terminal
 
 test: env $(MODEL) ## lint, then every test tier this machine has hardware for (ARGS='-k name' for some)
 	.venv/bin/ruff check .
-	$(PYTEST) $(SPREAD) --durations=30 $(ROOMS) $(ARGS)
+	OMP_NUM_THREADS=1 $(PYTEST) $(SPREAD) --durations=30 $(ROOMS) $(ARGS)
 
 test-plans: env ## the whole grid of plans against transformers, and the support matrix that follows (20 minutes on 2 cores)
 	$(PYTEST) -m "grid or not grid" tests/plans/test_grid.py tests/plans/test_rebalance.py tests/plans/test_routed.py $(ARGS)
