@@ -12,6 +12,7 @@ from torch import Tensor
 from trireme_kernels.case import Case
 from trireme_kernels.gated_rms_norm.op import GatedRmsNorm
 from trireme_kernels.pdl import after_earlier, early
+from trireme_kernels.rms_norm.tl import scaled
 
 _NUMBERS = 1024  # of a program
 
@@ -61,5 +62,4 @@ def _heads(
 def normed_and_gated(value, scale, opening, dim, eps, kind: tl.constexpr):
     """value, opening float32 [HEADS, BLOCK], numbers past a head's own zero, scale [1, BLOCK] -> [HEADS, BLOCK] of `kind`."""
     normed = value * tl.rsqrt(tl.sum(value * value, axis=1) / dim + eps)[:, None]
-    normed = (normed.to(scale.dtype).to(tl.float32) * scale.to(tl.float32)).to(kind).to(tl.float32)  # rounded as rms_norm rounds
-    return (normed * opening * tl.sigmoid(opening)).to(kind)
+    return (scaled(normed, scale, kind).to(tl.float32) * opening * tl.sigmoid(opening)).to(kind)

@@ -43,6 +43,11 @@ def _rows(x, weight, out, row_stride, hidden, eps, BLOCK: tl.constexpr, PDL: tl.
 
 @triton.jit
 def normed_row(value, scale, hidden, eps, kind: tl.constexpr):
-    """value float32 [BLOCK], numbers past the row's own zero, scale [BLOCK] -> [BLOCK] of `kind`. All norms round alike."""
-    unscaled = value * tl.rsqrt(tl.sum(value * value, axis=0) / hidden + eps)
+    """value float32 [BLOCK], numbers past the row's own zero, scale [BLOCK] -> [BLOCK] of `kind`."""
+    return scaled(value * tl.rsqrt(tl.sum(value * value, axis=0) / hidden + eps), scale, kind)
+
+
+@triton.jit
+def scaled(unscaled, scale, kind: tl.constexpr):
+    """unscaled float32 [.., BLOCK], scale of a shape that fits -> [.., BLOCK] of `kind`. All norms round alike."""
     return (unscaled.to(scale.dtype).to(tl.float32) * scale.to(tl.float32)).to(kind)
