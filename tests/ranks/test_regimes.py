@@ -51,16 +51,19 @@ def test_sequence_parallelism_that_is_measured_begins_beyond_decode_steps(max_nu
     num_drafts=st.sampled_from([0, 3]),
     counts=st.lists(st.integers(1, 60), min_size=1, max_size=8),
     decodes=st.booleans(),
+    device=st.sampled_from(["cpu", "cuda"]),
 )
-def test_no_step_is_larger_than_the_largest_of_its_regime(tp, cp, sp, num_drafts, counts, decodes):
+def test_no_step_is_larger_than_the_largest_of_its_regime(tp, cp, sp, num_drafts, counts, decodes, device):
     sizes = {"tensor_parallel_size": tp, "context_parallel_size": cp, "sequence_parallel": sp, "max_num_seqs": 8}
     settings = make_settings({"model": "m", **sizes, "max_num_batched_tokens": 100})
     counts = [min(count, 1 + num_drafts) for count in counts] if decodes else counts
     if sum(counts) > 100:
         return
-    regime = Regime.of(counts, settings.sp_from, 1 if decodes else cp)
+    device = torch.device(device)
+    latest = sizes_for_sp(settings, num_drafts)[-1] if measures_sp(settings, device) else settings.sp_from
+    regime = Regime.of(counts, latest, 1 if decodes else cp)
     every = [Regime(*each) for each in product({False, settings.sp_from is not None}, {False, cp > 1})]
-    largest = {regime: step for step, regime in largest_steps(settings, every, 100, num_drafts)}
+    largest = {regime: step for step, regime in largest_steps(settings, every, 100, num_drafts, device)}
     assert sum(counts) <= largest[regime].sum() and len(largest[regime]) <= 8
     assert all((step.sum() <= 100) and step.min() >= (2 * cp if regime.cp else 1) for regime, step in largest.items())
 
@@ -79,7 +82,8 @@ def test_a_rank_passes_the_largest_step_of_every_regime_alone(tmp_path, monkeypa
         "kv_cache_memory_bytes": 4_000_000,
         "threads_per_rank": 1,
     }
-    settings = make_settings({"model": str(model), **values, **settings_of_words(plan)})
+    later = {"sequence_parallel": 40}  # than from 2 rows on, so that there are steps of every regime
+    settings = make_settings({"model": str(model), **values, **settings_of_words(plan), **later})
     find_room, deal, passed = runner.find_room, runner.Deal, []
 
     def measured(*args, largest, decode, **rest):

@@ -5,17 +5,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import msgspec
 import torch
 
 from trireme.parallel.comm import Group, LinkLost, reach
+from trireme.parallel.timing import device_seconds
 
 _NUM_CELLS = 256  # rows of the largest sum
 _SIZES = (1, 4, 16, 64, 128, 256)  # rows at which both ways are timed
-_NUM_TIMED = 10
-_HEAD_START = 4_000_000  # cycles of a GPU, some 2 ms, in which the host puts calls in line, so that not its pace is measured
 
 Exchange = Callable[[str, bytes], Sequence[bytes]]
 """(name, what this place says) -> what every place of the group says under that name, by place."""
@@ -107,25 +107,20 @@ def find_most(peers: Peers, group: Group, device: torch.device, exchange: Exchan
     in words. Every member makes the same calls; LinkLost where others do not come, within the time or before `give_up`."""
     ways = {"peers": peers.sum, "NCCL": group.all_reduce}
     found: dict[str, list[float]] = {way: [] for way in ways}
-    with torch.cuda.device(device):
-        for num_rows in _SIZES:
-            x = torch.zeros(num_rows, peers.hidden, dtype=peers.dtype, device=device)
-            for way, call in ways.items():
-                call(x)  # what is compiled or made ready at its first use
-                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                torch.cuda._sleep(_HEAD_START)
-                call(x)  # after which all ranks are equally far
-                begin.record()
-                for _ in range(_NUM_TIMED):
-                    call(x)
-                end.record()
-                try:
-                    reach(end, limit_s, give_up)
-                except LinkLost:
-                    peers.give_up()
-                    group.close()
-                    raise
-                found[way].append(1e3 * begin.elapsed_time(end) / _NUM_TIMED)
+
+    def wait(event: torch.cuda.Event) -> None:
+        reach(event, limit_s, give_up)
+
+    try:
+        with torch.cuda.device(device):
+            for num_rows in _SIZES:
+                x = torch.zeros(num_rows, peers.hidden, dtype=peers.dtype, device=device)
+                for way, call in ways.items():
+                    found[way].append(1e6 * device_seconds(partial(call, x), wait, num_rounds=1))
+    except LinkLost:
+        peers.give_up()
+        group.close()
+        raise
     faster = [num_rows for num_rows, own, other in zip(_SIZES, found["peers"], found["NCCL"], strict=True) if own < other]
     rows = max(faster, default=0)
     rows = int(exchange("rows", str(rows).encode())[0])
@@ -135,7 +130,12 @@ def find_most(peers: Peers, group: Group, device: torch.device, exchange: Exchan
 
 
 def _offer(box: torch.Tensor, device: torch.device, others: Sequence[int]) -> dict[str, Any]:
-    """What others need to map a box; one handle each, since each is counted as one user, until whose end it is not freed."""
+    """What others need to map a box; one handle each, since each is counted as one user, until whose end it is not freed.
+
+    What a rank has mapped goes when it leaves the epoch (Collectives.leave). Its own box stays with torch for each user that was
+    killed, since nobody counts that one off: 8 MiB for two ranks of 4096 16-bit numbers. To count it off here would be unsafe: this
+    rank does not know which of the others still live, whose kernels may write into the box until they have left the epoch, too.
+    """
     try:
         return {"device": device.index, "handles": {str(other): box.untyped_storage()._share_cuda_()[1:] for other in others}}
     except RuntimeError as error:

@@ -13,11 +13,11 @@ from trireme.core.step import Regime
 from trireme.models.decoder import Decoder
 from trireme.parallel.comm import reach
 from trireme.parallel.deal import Deal
+from trireme.parallel.timing import device_seconds
 
 _MEASURED = (64, 128, 256, 512, 1024)  # rows
 _SP_AT_LATEST = 2048  # it is on there, since it saves memory even where it saves no time
-_WARM_UPS, _PASSES, _ROUNDS = 3, 10, 3
-_AHEAD_CYCLES = 20_000_000  # that the device sleeps, so that it does not wait for the host in between: 10 ms of an H100
+_ROUNDS = 3
 
 
 def measures_sp(settings: Settings, device: torch.device) -> bool:
@@ -34,13 +34,15 @@ def sizes_for_sp(settings: Settings, num_drafts: int) -> tuple[int, ...]:
     return *(rows for rows in _MEASURED if rows > decodes), latest
 
 
-def largest_steps(settings: Settings, regimes: Iterable[Regime], most_rows: int, num_drafts: int) -> Iterator[tuple[np.ndarray, Regime]]:
+def largest_steps(
+    settings: Settings, regimes: Iterable[Regime], most_rows: int, num_drafts: int, device: torch.device
+) -> Iterator[tuple[np.ndarray, Regime]]:
     """(rows of each item int32 [I], regime) of the steps that need the most memory: what is less than sequence or context parallelism
     wants is small."""
     for regime in regimes:
         rows, least = most_rows, 1
         if settings.sp_from is not None and not regime.sp:
-            latest = sizes_for_sp(settings, num_drafts)[-1] if settings.sequence_parallel == "on" else settings.sp_from
+            latest = sizes_for_sp(settings, num_drafts)[-1] if measures_sp(settings, device) else settings.sp_from
             rows = min(rows, latest - 1)
         if settings.context_parallel_size > 1:
             short = 2 * settings.context_parallel_size  # an item of fewer rows is not cut
@@ -66,10 +68,14 @@ def find_sp_from(settings: Settings, decoder: Decoder, give_up: Callable[[], boo
     if not measures_sp(settings, build.device):
         return None
     sizes = sizes_for_sp(settings, build.plan.mtp)
+
+    def wait(event: torch.cuda.Event) -> None:
+        reach(event, settings.step_timeout_s, give_up)
+
     for num_rows in sizes:
         for regime, found in ((Regime(), plain), (Regime(sp=True), cut)):
             deal = Deal(build.plan, build.rank, np.array([num_rows], np.int32), regime, build.device)
-            found.append(_seconds(decoder.inner_seams(deal), lambda event: reach(event, settings.step_timeout_s, give_up)))
+            found.append(device_seconds(decoder.inner_seams(deal), wait, num_rounds=_ROUNDS))
     rows = first_for_good(sizes, [one <= other for one, other in zip(cut, plain, strict=True)])
     times = ", ".join(f"{size}: {one * 1e6:.0f} / {other * 1e6:.0f}" for size, one, other in zip(sizes, cut, plain, strict=True))
     log = logger(f"stage_{build.stage} rank {build.rank}")
@@ -81,21 +87,3 @@ def first_for_good(sizes: tuple[int, ...], pays: list[bool]) -> int:
     """The first size from which on it pays at every one; the last where it never does."""
     never = [at for at, well in enumerate(pays[:-1]) if not well]
     return sizes[never[-1] + 1 if never else 0]
-
-
-def _seconds(run: Callable[[], None], wait: Callable[[torch.cuda.Event], None]) -> float:
-    """Of the device, for one run: the best of some rounds."""
-    for _ in range(_WARM_UPS):
-        run()
-    found = []
-    for _ in range(_ROUNDS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(_AHEAD_CYCLES)
-        run()  # after which all ranks are equally far
-        start.record()
-        for _ in range(_PASSES):
-            run()
-        end.record()
-        wait(end)
-        found.append(start.elapsed_time(end) / 1e3 / _PASSES)
-    return min(found)

@@ -380,7 +380,7 @@ class Runner:
 
         def largest() -> None:
             passing = self._mixtures.passing() if self._mixtures is not None else None  # maps may be prepared beside it
-            for counts, regime in largest_steps(settings, self._decoder.build.plan.regimes, most_rows, num_drafts):
+            for counts, regime in largest_steps(settings, self._decoder.build.plan.regimes, most_rows, num_drafts, self._device):
                 self._try(counts, regime)
             verify()
             del passing
