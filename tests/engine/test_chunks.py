@@ -8,7 +8,8 @@ import pytest
 from engine.driver import Driver, limits
 from trireme.core.request import Request, Sampling
 from trireme.core.step import array
-from trireme.engine.chunks import ChunkCost, ChunkSizer, chunk_rows, fit
+from trireme.engine.chunks import ChunkCost, ChunkSizer, chunk_rows
+from trireme.engine.fit import fit
 
 GOLDEN = ChunkCost(pair=1e-6, row=0.01)
 
@@ -73,7 +74,7 @@ def test_a_fit_finds_what_the_steps_cost():
         pairs = (counts**2 + 2 * starts * counts).sum()
         time = cost.pair * pairs + cost.row * counts.sum() + cost.prefix * starts.sum() + cost.step
         rows.append((pairs, counts.sum(), starts.sum(), 1.0, time * rng.normal(1, 0.01)))
-    found = fit(np.array(rows))
+    found = ChunkCost(*fit(np.array(rows)))
     assert found.pair == pytest.approx(cost.pair, rel=0.1)
     assert found.row == pytest.approx(cost.row, rel=0.3)
     assert min(found) >= 0
@@ -83,7 +84,7 @@ def test_a_step_that_compiled_says_nothing():
     rng = np.random.default_rng(1)
     rows = [(float(count) ** 2, float(count), 0.0, 1.0, seconds(GOLDEN, 0, count) * rng.normal(1, 0.01)) for count in range(256, 4096, 64)]
     rows[3] = (*rows[3][:4], 500.0)
-    assert chunk_rows(fit(np.array(rows)), 32768, 4096) == pytest.approx(1536, abs=192)
+    assert chunk_rows(ChunkCost(*fit(np.array(rows))), 32768, 4096) == pytest.approx(1536, abs=192)
 
 
 def test_no_term_is_negative():
@@ -125,7 +126,7 @@ def test_a_long_prompts_chunks_take_equally_long():
             while driver.answers:
                 driver.learn_one()
             step = driver.steps[-1]
-            driver.scheduler.time(step, seconds(cost, int(array(step.starts)[0]), step.num_rows))
+            driver.scheduler.time(step, [seconds(cost, int(array(step.starts)[0]), step.num_rows)])
         sizes.append([step.num_rows for step in driver.steps[begun:]])
     usual, fitted = sizes
     assert usual[:8] == [500] * 8 and sum(usual) == sum(fitted) == 8000  # 16 equal steps, while too little is known

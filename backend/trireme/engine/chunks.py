@@ -10,10 +10,10 @@ from typing import NamedTuple
 import numpy as np
 
 from trireme.core.step import PAGE
+from trireme.engine.fit import fit
 
 _ALIGN = 64  # rows: chunks are whole pages, and whole tiles of attention and delta kernels
 _SMOOTH = 0.75  # how far a chunk goes from the usual size to the exact one
-_ODD = 6.0  # median deviations, beyond which a step is left out: it compiled a kernel, or the machine did something else
 _LEAST_SAMPLES = 8  # below, nothing is fitted
 _MOST_SAMPLES = 256  # the latest
 _FIT_EVERY = 16  # samples: a fit takes as long as planning three steps
@@ -73,28 +73,5 @@ class ChunkSizer:
         if len(self._samples) < _LEAST_SAMPLES:
             return self._usual
         if self._cost is None or self._num_new >= _FIT_EVERY:
-            self._cost, self._num_new = fit(np.array(self._samples)), 0
+            self._cost, self._num_new = ChunkCost(*fit(np.array(self._samples)).tolist()), 0
         return chunk_rows(self._cost, start, self._usual)
-
-
-def fit(samples: np.ndarray) -> ChunkCost:
-    """Least squares of [n, 5]: pairs, rows, prefix rows, 1, seconds; again without the steps that it says were odd."""
-    cost = _least_squares(samples)
-    deviations = np.abs(samples[:, :4] @ np.array(cost) - samples[:, 4])
-    return _least_squares(samples[deviations <= _ODD * max(np.median(deviations), 1e-9)])
-
-
-def _least_squares(samples: np.ndarray) -> ChunkCost:
-    """A term that comes out negative is left out, the most negative first, and the rest fitted again."""
-    x, y = samples[:, :4], samples[:, 4]
-    scale = np.maximum(np.abs(x).max(axis=0), 1e-30)
-    kept = list(range(4))
-    while kept:
-        found = np.linalg.lstsq(x[:, kept] / scale[kept], y, rcond=None)[0]
-        if found.min() >= 0:
-            break
-        del kept[int(found.argmin())]
-    terms = np.zeros(4)
-    if kept:
-        terms[kept] = found / scale[kept]
-    return ChunkCost(*terms.tolist())

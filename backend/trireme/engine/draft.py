@@ -3,27 +3,63 @@ stage."""
 
 from __future__ import annotations
 
+from collections import Counter, deque
+
 import numpy as np
 
 from trireme.core.step import PAGE, accepted, array
+from trireme.engine.fit import fit
 from trireme.engine.sheet import Flight
 from trireme.engine.slots import Slots
 from trireme.engine.stats import Stats
 
-# What a draft adds to a step, as a part of it: one pass of the head (a layer and the output projection) and one row more to verify.
-# Where reading weights takes the time, that is 0.06 for a dense 27B of 64 layers, and 0.2 for a 35B with 3B active parameters, whose
-# output projection is a sixth of those. The length that is best changes little in between.
-_COST = 0.15
+# What a draft adds to a step, as a part of it, until that is measured: one pass of the head (a layer and the output projection) and
+# one row more to verify. Where reading weights takes the time, that is 0.06 for a dense 27B of 64 layers, and 0.2 for a 35B with 3B
+# active parameters, whose output projection is a sixth of those.
+_FIRST_COST = 0.15
+_LEAST_SAMPLES = 8  # of steps with another number of drafts than most have: below, nothing is fitted
+_MOST_SAMPLES = 1024  # the latest
+_FIT_EVERY = 64  # samples
 _WEIGHT = 1 / 64  # of the latest draft in an average
 _FIRST_RATE = 0.8  # until something is known: all may be tried
-_PROBE_EVERY = 64  # times asked: then all are drafted, so that rates of positions out of use stay true
+_PROBE_EVERY = 64  # times asked: then all are drafted, so that rates of positions out of use stay true; and amid those times one is,
+# so that steps differ by which it can be told what a draft costs
+
+
+class DraftCost:
+    """What drafts add to a step, fitted to steps that were measured: seconds = step + row x rows + pass x drafts. Rows are those of all
+    sequences, drafts to verify among them; each draft is one pass of the head for all sequences."""
+
+    def __init__(self):
+        self._samples: deque[tuple[float, float, float, float]] = deque(maxlen=_MOST_SAMPLES)
+        self._found: tuple[float, float, float] | None = None
+        self._num_new = 0  # samples since it was looked for
+
+    def learn(self, num_rows: int, num_drafts: int, seconds: float) -> None:
+        """A step without rows of prompts that were not sampled."""
+        self._samples.append((1.0, num_rows, num_drafts, seconds))
+        self._num_new += 1
+        if self._num_new < _FIT_EVERY:
+            return
+        self._num_new, samples = 0, np.array(self._samples)
+        usual = Counter(samples[:, 2].tolist()).most_common(1)[0][1]
+        if len(samples) - usual >= _LEAST_SAMPLES:  # else what a draft costs cannot be told from what a step does
+            step, row, draft = fit(samples).tolist()
+            self._found = (step, row, draft) if step + row > 0 else None
+
+    def part(self, num_sequences: int) -> float:
+        """What one draft of each of so many sequences adds to a step, as a part of the step without."""
+        if self._found is None:
+            return _FIRST_COST
+        step, row, draft = self._found
+        return (row * num_sequences + draft) / (step + row * num_sequences)
 
 
 class DraftLength:
     """`rates[i]`: how often draft i stood where those before it did, exponentially averaged over the drafts of all sequences."""
 
     def __init__(self, most: int, *, adapts: bool = True):
-        self.rates = [_FIRST_RATE] * most
+        self.rates, self.cost = [_FIRST_RATE] * most, DraftCost()
         self._adapts = adapts
         self._num_asked = 0
 
@@ -32,22 +68,24 @@ class DraftLength:
         for position in range(min(num_drafts, num_accepted + 1)):
             self.rates[position] += _WEIGHT * ((position < num_accepted) - self.rates[position])
 
-    def ask(self) -> int:
-        """Drafts for the next step."""
+    def ask(self, num_sequences: int = 1) -> int:
+        """Drafts for the next step, which has so many sequences."""
         self._num_asked += 1
-        return len(self.rates) if not self._adapts or self._num_asked % _PROBE_EVERY == 0 else self.best()
+        if not self._adapts or self._num_asked % _PROBE_EVERY == 0:
+            return len(self.rates)
+        return 1 if self._num_asked % _PROBE_EVERY == _PROBE_EVERY // 2 else self.best(num_sequences)
 
-    def best(self) -> int:
+    def best(self, num_sequences: int = 1) -> int:
         """The number of drafts, from 1, with the most tokens for a step's cost.
 
-        rates [0.3, 0.3]: 1 draft gives 1.3 tokens for 1.15 steps, 2 give 1.39 for 1.3: so 1.
+        rates [0.3, 0.3], a draft costs 0.15 of a step: 1 gives 1.3 tokens for 1.15 steps, 2 give 1.39 for 1.3: so 1.
         """
-        tokens, stands = 1.0, 1.0
+        tokens, stands, cost = 1.0, 1.0, self.cost.part(num_sequences)
         worth: list[float] = []
         for num_drafts, rate in enumerate(self.rates, 1):
             stands *= rate
             tokens += stands
-            worth.append(tokens / (1 + _COST * num_drafts))
+            worth.append(tokens / (1 + cost * num_drafts))
         return 1 + worth.index(max(worth))
 
 
@@ -65,7 +103,7 @@ class Drafts:
         slots = self._slots
         drafting = sampled[slots.drafting[sampled] & (slots.length[sampled] + 1 < slots.limit[sampled])]
         slots.awaits[drafting] = number
-        return self._length.ask() if len(drafting) else 0
+        return self._length.ask(len(sampled)) if len(drafting) else 0
 
     def keep(self, chosen: np.ndarray, room: int, num_free: int) -> None:
         """Of these slots' drafts only those that have a place: in `room` rows, before the limit, and in pages, `num_free` new ones."""

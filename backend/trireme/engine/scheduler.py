@@ -468,10 +468,12 @@ class Scheduler:
                 self._part(sequence)
         return news
 
-    def time(self, step: Step, busy_s: float) -> None:
-        """A step kept its slowest stage busy for so long."""
+    def time(self, step: Step, busy_s: list[float]) -> None:
+        """A step kept each stage busy for so long. A chunk's successor waits for the slowest, a sequence that drafts for all of them."""
         if self._chunks is not None:
-            self._chunks.learn(array(step.starts), array(step.counts), busy_s)
+            self._chunks.learn(array(step.starts), array(step.counts), max(busy_s))
+        if self._drafts is not None and step.num_rows == step.num_samples:
+            self._draft_length.cost.learn(step.num_rows, step.drafts, sum(busy_s))
 
     def _take(self, flight: Flight, outcome: Outcome, news: list[Emission]) -> None:
         for part in outcome.prompt_logprobs:
