@@ -36,15 +36,25 @@ class Stage:
     maps: dict[int, np.ndarray] = field(default_factory=lambda: {layer: trivial(SLOTS) for layer in range(len(LAYERS))})
     ready: Offer | None = None
 
-    def push(self, loads: np.ndarray = EVEN, *, take: bool = True, fault: str = "") -> Offer:
+    def push(self, loads: np.ndarray = EVEN, *, take: bool = True, fault: str = "", moving_s: float = 0.0) -> Offer:
         """Ten steps, then a push; takes what it is offered by its next one."""
         self.step, self.now = self.step + 10, self.now + 1
-        moved = 0
+        moved, took = 0, 0.0
         if self.ready is not None:
             for layer, packed in self.ready.maps.items():
                 self.maps[layer] = np.frombuffer(packed, np.int32)
             self.version, self.ready, moved = self.ready.version, None, 7
-        push = Push(self.number, self.step, self.version, loads.tobytes(), num_steps=10, moved_bytes=moved, fault=fault)
+            took = moving_s
+        push = Push(
+            self.number,
+            self.step,
+            self.version,
+            loads.tobytes(),
+            num_steps=10,
+            moved_bytes=moved,
+            fault=fault,
+            moving_s=took,
+        )
         offer = self.balancer.push(push, self.now)
         if offer.version and take:
             assert offer.version == self.version + 1
@@ -127,6 +137,16 @@ def test_a_move_must_pay():
     assert not any(stage.push(few).version for _ in range(40))
     stage = proven(a_stage(min_gain=0.9))
     assert not any(stage.push(SKEWED).version for _ in range(40))
+
+
+@pytest.mark.parametrize("moving_s", [0.0, 1e-4, 60.0])
+def test_a_move_that_took_long_is_not_made_again_for_little(moving_s):
+    """A way that has been timed counts, not the one that is assumed; the self-test's, of two experts, does not."""
+    stage = a_stage(interval=100)
+    while stage.seen()["self_test"] != "passed":
+        stage.push(moving_s=3600.0)
+    assert [stage.push(SKEWED, moving_s=moving_s).version for _ in range(40)].count(0) < 40
+    assert any(stage.push(SKEWED[:, ::-1].copy(), moving_s=moving_s).version for _ in range(40)) == (moving_s < 1)
 
 
 def test_without_min_gain_every_look_moves():

@@ -24,7 +24,8 @@ from trireme.engine.placing import Slots, balance, held, peak, place, rank_loads
 
 # What decides whether a move pays. An expert of B bytes in 16 bits has B / 2 numbers and costs B operations a row: at these rates,
 # moving one takes as long as 4,000 rows through it, whatever its size.
-_BYTES_PER_S = 25e9  # from rank to rank: PCIe 4.0 x16, the slowest way between GPUs of a host
+_BYTES_PER_S = 25e9  # from rank to rank: PCIe 4.0 x16, the slowest way between GPUs of a host; until moves have been timed
+_MOVES = 8  # the latest, by which their way is judged
 _FLOPS = 100e12  # that grouped products of small steps reach
 
 _PATIENCE_S = 60.0  # after which an offer without an answer is made once more
@@ -168,6 +169,8 @@ class _Stage:
         self._offered: _Offered | None = None
         self._owed: dict[int, np.ndarray] = {}
         self._queue: deque[int] = deque()  # layers that the look has still to judge
+        self._moves: deque[tuple[float, float]] = deque(maxlen=_MOVES)  # bytes that came to the busiest rank, seconds
+        self._moving_s = 0.0  # that the way to the maps that are offered took
         self._steps = 0  # since the last look
         self._pause = 0  # steps in which nothing is offered, after a fault
         self._self_test = "waits"
@@ -180,6 +183,7 @@ class _Stage:
         self._pause = max(0, self._pause - push.num_steps)
         self._moved_bytes += push.moved_bytes
         self._stalled_s += push.stalled_s
+        self._moving_s += push.moving_s
         if self._offered is not None and push.version == self._offered.offer.version:
             self._taken(self._offered, push, now)
         elif push.version != self._version:
@@ -198,20 +202,25 @@ class _Stage:
         """The stage has the maps that it was offered."""
         self._offered, self._version, self._changed_at = None, push.version, now
         self.num_commits += 1
+        num_came = 0  # experts to the rank that got the most
         for layer, packed in offered.offer.maps.items():
             before, self._maps[layer] = self._maps[layer].copy(), np.frombuffer(packed, np.int32)
+            num_came += int(received(before, self._maps[layer], self.experts.slots).max())
             self._known[layer] = True
             if self._owed.pop(layer, None) is None and offered.reason == "self-test":
                 self._owed[layer] = before
         if not self._owed or offered.reason == "balance":
             self._self_test = "passed"
+        if num_came and self._moving_s and offered.reason != "self-test":  # two experts are too few to tell
+            self._moves.append((num_came * self.experts.expert_bytes, self._moving_s))
+        self._moving_s = 0.0
         event = {"at": now, "step": push.number, "version": push.version, "reason": offered.reason}
         self.history.append(event | offered.event | {"moved_bytes": push.moved_bytes, "stalled_s": push.stalled_s})
 
     def _began_anew(self, push: Push, now: float) -> None:
         """The stage has another version than this service knows of: it started again, with version 0 and the initial maps, and
         shall have back what it had; or it went on while the service was away, and what it has is not known."""
-        self._offered, self._version = None, push.version
+        self._offered, self._version, self._moving_s = None, push.version, 0.0
         self._queue.clear()
         if push.version == 0:
             had = {layer: map_.copy() for layer, map_ in enumerate(self._maps) if self._known[layer]} | self._owed
@@ -230,7 +239,7 @@ class _Stage:
         self._queue.clear()
         if self._offered is not None and self._offered.reason == "self-test":
             self._self_test = f"failed: {push.fault}"
-        self._offered = None
+        self._offered, self._moving_s = None, 0.0
         self.history.append({"at": now, "step": push.number, "version": push.version, "reason": "fault", "fault": push.fault})
 
     def _next(self, push: Push, now: float) -> _Offered | None:
@@ -280,6 +289,12 @@ class _Stage:
                 break
         return found
 
+    @property
+    def _bytes_per_s(self) -> float:
+        """That come to a rank while experts move, as the latest moves took: as if steps stood still meanwhile."""
+        came, seconds = map(sum, zip(*self._moves, strict=True)) if self._moves else (0, 0)
+        return came / seconds if came else _BYTES_PER_S
+
     def _judge(self, layer: int, windows: np.ndarray, intervals: float) -> np.ndarray | None:
         """A map that saves enough of a layer's time, or None, by loads [W, experts] that make 1 / `intervals` intervals. Where
         min_gain is 0 or less every layer moves at every look, if only two slots for each other: a drill, as tests want it."""
@@ -293,7 +308,7 @@ class _Stage:
         if before <= 0 or 1 - after / before <= self._eplb.min_gain:
             return None
         saved_s = (before - after) * intervals * self.experts.expert_bytes / _FLOPS
-        cost_s = received(old, new, slots).max() * self.experts.expert_bytes / _BYTES_PER_S
+        cost_s = received(old, new, slots).max() * self.experts.expert_bytes / self._bytes_per_s
         return new if saved_s > cost_s else None
 
     def _offer(self, maps: dict[int, np.ndarray], reason: str, now: float) -> _Offered:
