@@ -7,7 +7,7 @@ import pytest
 
 from engine.driver import Driver, limits
 from trireme.core.request import Request, Sampling
-from trireme.core.step import array
+from trireme.core.step import Clock, array
 from trireme.engine.chunks import ChunkCost, ChunkSizer, chunk_rows
 from trireme.engine.fit import fit
 
@@ -126,7 +126,8 @@ def test_a_long_prompts_chunks_take_equally_long():
             while driver.answers:
                 driver.learn_one()
             step = driver.steps[-1]
-            driver.scheduler.time(step, [seconds(cost, int(array(step.starts)[0]), step.num_rows)])
+            clock = Clock(busy=seconds(cost, int(array(step.starts)[0]), step.num_rows))
+            driver.scheduler.time(step, [clock], was_idle=False)
         sizes.append([step.num_rows for step in driver.steps[begun:]])
     usual, fitted = sizes
     assert usual[:8] == [500] * 8 and sum(usual) == sum(fitted) == 8000  # 16 equal steps, while too little is known

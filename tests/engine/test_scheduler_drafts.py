@@ -175,5 +175,6 @@ def test_lengths_follow_what_is_accepted():
     for i in range(40):
         driver.add(request(f"r{i}", 4, max_tokens=60))
     driver.rush()
-    late = [step.drafts for step in driver.steps[-100:] if step.drafts]
-    assert late.count(1) > 0.9 * len(late)
+    assert any(step.drafts == 4 for step in driver.steps[:10])
+    late = [step.drafts for step in driver.steps[-100:]]
+    assert late.count(0) > 90

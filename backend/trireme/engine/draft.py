@@ -4,6 +4,7 @@ stage."""
 from __future__ import annotations
 
 from collections import Counter, deque
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,37 +23,45 @@ _MOST_SAMPLES = 1024  # the latest
 _FIT_EVERY = 64  # samples
 _WEIGHT = 1 / 64  # of the latest draft in an average
 _FIRST_RATE = 0.8  # until something is known: all may be tried
-_PROBE_EVERY = 64  # times asked: then all are drafted, so that rates of positions out of use stay true; and amid those times one is,
-# so that steps differ by which it can be told what a draft costs
+_PROBE_EVERY = 64  # times asked: then all are drafted, so that rates of positions out of use stay true
+_PROBE_ONE, _PROBE_NONE = 21, 42  # amid those times one is, and none: steps differ then, by which it can be told what drafts cost
+
+
+class Cost(NamedTuple):
+    """As parts of a step without drafts."""
+
+    wait: float  # what a step costs that verifies any, however many: it cannot be planned before the last one's answer is here
+    draft: float  # and each draft
 
 
 class DraftCost:
-    """What drafts add to a step, fitted to steps that were measured: seconds = step + row x rows + pass x drafts. Rows are those of all
-    sequences, drafts to verify among them; each draft is one pass of the head for all sequences."""
+    """What drafts add to a step, fitted to steps that were measured: seconds = step + row x rows + pass x drafts + wait, where it
+    verifies drafts. Rows are those of all sequences, drafts among them; each draft is one pass of the head for all sequences."""
 
     def __init__(self):
-        self._samples: deque[tuple[float, float, float, float]] = deque(maxlen=_MOST_SAMPLES)
-        self._found: tuple[float, float, float] | None = None
+        self._samples: deque[tuple[float, float, float, float, float]] = deque(maxlen=_MOST_SAMPLES)
+        self._found: tuple[float, float, float, float] | None = None
         self._num_new = 0  # samples since it was looked for
 
-    def learn(self, num_rows: int, num_drafts: int, seconds: float) -> None:
-        """A step without rows of prompts that were not sampled."""
-        self._samples.append((1.0, num_rows, num_drafts, seconds))
+    def learn(self, num_rows: int, num_drafts: int, verifies: bool, seconds: float) -> None:
+        """A step without rows of prompts that were not sampled, and the time that its device waited for it."""
+        self._samples.append((1.0, num_rows, num_drafts, verifies, seconds))
         self._num_new += 1
         if self._num_new < _FIT_EVERY:
             return
         self._num_new, samples = 0, np.array(self._samples)
         usual = Counter(samples[:, 2].tolist()).most_common(1)[0][1]
         if len(samples) - usual >= _LEAST_SAMPLES:  # else what a draft costs cannot be told from what a step does
-            step, row, draft = fit(samples).tolist()
-            self._found = (step, row, draft) if step + row > 0 else None
+            step, row, draft, wait = fit(samples).tolist()
+            self._found = (step, row, draft, wait) if step + row > 0 else None
 
-    def part(self, num_sequences: int) -> float:
-        """What one draft of each of so many sequences adds to a step, as a part of the step without."""
+    def of(self, num_sequences: int) -> Cost:
+        """In steps of so many sequences that all draft."""
         if self._found is None:
-            return _FIRST_COST
-        step, row, draft = self._found
-        return (row * num_sequences + draft) / (step + row * num_sequences)
+            return Cost(0.0, _FIRST_COST)
+        step, row, draft, wait = self._found
+        without = step + row * num_sequences
+        return Cost(wait / without, (row * num_sequences + draft) / without)
 
 
 class DraftLength:
@@ -71,22 +80,24 @@ class DraftLength:
     def ask(self, num_sequences: int = 1) -> int:
         """Drafts for the next step, which has so many sequences."""
         self._num_asked += 1
-        if not self._adapts or self._num_asked % _PROBE_EVERY == 0:
+        if not self._adapts:
             return len(self.rates)
-        return 1 if self._num_asked % _PROBE_EVERY == _PROBE_EVERY // 2 else self.best(num_sequences)
+        probes = {0: len(self.rates), _PROBE_ONE: 1, _PROBE_NONE: 0}
+        return probes.get(self._num_asked % _PROBE_EVERY, self.best(num_sequences))
 
     def best(self, num_sequences: int = 1) -> int:
-        """The number of drafts, from 1, with the most tokens for a step's cost.
+        """The number of drafts with the most tokens for a step's cost.
 
-        rates [0.3, 0.3], a draft costs 0.15 of a step: 1 gives 1.3 tokens for 1.15 steps, 2 give 1.39 for 1.3: so 1.
+        rates [0.3, 0.3], a draft costs 0.15 of a step and verifying nothing: 1 gives 1.3 tokens for 1.15 steps, 2 give 1.39 for 1.3:
+        so 1. With rates [0.1, 0.1] it is none, and so it is where 1 waits for a half of a step.
         """
-        tokens, stands, cost = 1.0, 1.0, self.cost.part(num_sequences)
-        worth: list[float] = []
+        tokens, stands, cost = 1.0, 1.0, self.cost.of(num_sequences)
+        worth = [1.0]
         for num_drafts, rate in enumerate(self.rates, 1):
             stands *= rate
             tokens += stands
-            worth.append(tokens / (1 + cost * num_drafts))
-        return 1 + worth.index(max(worth))
+            worth.append(tokens / (1 + cost.wait + cost.draft * num_drafts))
+        return worth.index(max(worth))
 
 
 class Drafts:
@@ -102,8 +113,10 @@ class Drafts:
         """How many step `number` shall make for each item that samples, of these slots. Those that may verify one next wait for them."""
         slots = self._slots
         drafting = sampled[slots.drafting[sampled] & (slots.length[sampled] + 1 < slots.limit[sampled])]
-        slots.awaits[drafting] = number
-        return self._length.ask(len(sampled)) if len(drafting) else 0
+        num_drafts = self._length.ask(len(sampled)) if len(drafting) else 0
+        if num_drafts:
+            slots.awaits[drafting] = number
+        return num_drafts
 
     def keep(self, chosen: np.ndarray, room: int, num_free: int) -> None:
         """Of these slots' drafts only those that have a place: in `room` rows, before the limit, and in pages, `num_free` new ones."""

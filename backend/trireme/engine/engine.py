@@ -246,7 +246,7 @@ class Engine:
             self.stats.stage_returned(stage, clock, max(0.0, answered - began - clock.busy - clock.receiving), was_idle=was_idle)
         if self._trace is not None:
             self._trace.write(returned.outcomes, step.num_rows, step.num_samples, self._heard_at)
-        scheduler.time(step, [outcome.clock.busy for outcome in returned.outcomes])
+        scheduler.time(step, [outcome.clock for outcome in returned.outcomes], was_idle=was_idle)
         scheduler.maps_ready(outcome.map_ready for outcome in returned.outcomes)
         scheduler.records = any(outcome.records for outcome in returned.outcomes)
         self._news += scheduler.learn(returned.outcome)

@@ -21,7 +21,7 @@ import numpy as np
 from trireme.core.refusal import Refusal
 from trireme.core.request import Emission, Logprobs, Request
 from trireme.core.settings import Limits
-from trireme.core.step import FED, PAGE, Open, Outcome, Step, array, ints
+from trireme.core.step import FED, PAGE, Clock, Open, Outcome, Step, array, ints
 from trireme.engine.chunks import ChunkSizer
 from trireme.engine.draft import DraftLength, Drafts
 from trireme.engine.pages import Pages
@@ -468,12 +468,16 @@ class Scheduler:
                 self._part(sequence)
         return news
 
-    def time(self, step: Step, busy_s: list[float]) -> None:
-        """A step kept each stage busy for so long. A chunk's successor waits for the slowest, a sequence that drafts for all of them."""
+    def time(self, step: Step, clocks: list[Clock], *, was_idle: bool) -> None:
+        """What each stage's clock says of a step; `was_idle`: nothing was under way when it was sent. A chunk's successor waits for the
+        slowest stage; how often the first one can begin a step is how often its sequences get tokens."""
         if self._chunks is not None:
-            self._chunks.learn(array(step.starts), array(step.counts), max(busy_s))
+            self._chunks.learn(array(step.starts), array(step.counts), max(clock.busy for clock in clocks))
         if self._drafts is not None and step.num_rows == step.num_samples:
-            self._draft_length.cost.learn(step.num_rows, step.drafts, sum(busy_s))
+            first, verifies = clocks[0], step.num_samples > len(array(step.slots))
+            if verifies or not was_idle:  # else it was requests that the stage waited for
+                seconds = first.waiting + first.receiving + first.busy
+                self._draft_length.cost.learn(step.num_rows, step.drafts, verifies, seconds)
 
     def _take(self, flight: Flight, outcome: Outcome, news: list[Emission]) -> None:
         for part in outcome.prompt_logprobs:
