@@ -52,6 +52,16 @@ def test_op_folders_are_whole():
     assert not {name: files for name, files in missing.items() if files}
 
 
+def test_kernels_bear_their_op_s_name():
+    """A profile shows names of kernels and nothing else: `_linear_columns`, not `_columns`."""
+    wrong = []
+    for source in product():
+        op = Path(source.path).parent.name
+        names = {name for name in _launched(source.tree) if name != f"_{op}" and not name.startswith(f"_{op}_")}
+        wrong += [f"{source.path}: {name}" for name in names]
+    assert not wrong
+
+
 def test_readme_tree_is_the_real_one():
     """Between `<!-- tree -->` and `<!-- /tree -->` README lists one path a line, two spaces deeper for each folder. All of
     them exist; every file of backend and tools, every op and every test folder is there."""
@@ -64,6 +74,17 @@ def test_readme_tree_is_the_real_one():
     folders = {str(path.parent.relative_to(HOME)) for path in (HOME / "kernels").rglob("op.py")}
     folders |= {str(Path(source.path).parent) for source in sources() if source.path.startswith("tests/")}
     assert not sorted((files | folders) - listed)
+
+
+def _launched(tree: ast.Module) -> set[str]:
+    """Kernels of the Triton language that a file launches: `name[grid](...)` of a function decorated with jit."""
+    jitted = {
+        node.name
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(each) for each in node.decorator_list)
+    }
+    calls = (node.func for node in ast.walk(tree) if isinstance(node, ast.Call))
+    return jitted & {call.value.id for call in calls if isinstance(call, ast.Subscript) and isinstance(call.value, ast.Name)}
 
 
 def _mutable_names(node: ast.stmt) -> list[str]:
