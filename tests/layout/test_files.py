@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from layout.sources import HOME, ROOTS, product, sources
+from layout.sources import HOME, ROOTS, launched, product, sources
 
 DRAWERS = re.compile(r"util|helper|manager|common|misc")
 OP_FILES = {"__init__.py", "op.py", "reference.py", "cases.py"}
@@ -57,7 +57,7 @@ def test_kernels_bear_their_op_s_name():
     wrong = []
     for source in product():
         op = Path(source.path).parent.name
-        names = {name for name in _launched(source.tree) if name != f"_{op}" and not name.startswith(f"_{op}_")}
+        names = {name for name in launched(source.tree) if name != f"_{op}" and not name.startswith(f"_{op}_")}
         wrong += [f"{source.path}: {name}" for name in names]
     assert not wrong
 
@@ -74,17 +74,6 @@ def test_readme_tree_is_the_real_one():
     folders = {str(path.parent.relative_to(HOME)) for path in (HOME / "kernels").rglob("op.py")}
     folders |= {str(Path(source.path).parent) for source in sources() if source.path.startswith("tests/")}
     assert not sorted((files | folders) - listed)
-
-
-def _launched(tree: ast.Module) -> set[str]:
-    """Kernels of the Triton language that a file launches: `name[grid](...)` of a function decorated with jit."""
-    jitted = {
-        node.name
-        for node in tree.body
-        if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(each) for each in node.decorator_list)
-    }
-    calls = (node.func for node in ast.walk(tree) if isinstance(node, ast.Call))
-    return jitted & {call.value.id for call in calls if isinstance(call, ast.Subscript) and isinstance(call.value, ast.Name)}
 
 
 def _mutable_names(node: ast.stmt) -> list[str]:
