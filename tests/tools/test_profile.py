@@ -88,7 +88,7 @@ def test_decode_and_prefill_of_two_stages(tmp_path):
         for each in profiles:
             assert f"{each['what']}, stage {each['stage']} rank 0" in result.output
             assert sum(group["ms"] for group in each["groups"]) + each["idle_ms"] == pytest.approx(each["step_ms"])
-            assert {"products", "attention", "activation"} <= {group["name"] for group in each["groups"]}
+            assert {"products", "norms", "attention", "activation"} <= {group["name"] for group in each["groups"]}
         if kinds[0] == "decode of 1":
             assert [each["rows"] for each in profiles[:2]] == [[1] * 6] * 2
         else:

@@ -15,12 +15,12 @@ WAITING = ("sums and gathers", "send and receive")
 # The first pattern that is found in a kernel's name decides. Ours are named for their op (a house rule); a replayed graph tells no more
 # than names, so that a product of the head is a product, and a collective's group is not known. On a CPU the names are torch's ops.
 GROUPS: tuple[tuple[str, str], ...] = (
-    ("products", r"^_linear_|nvjet|cublas|cutlass.*gemm|gemm|gemv|splitKreduce|^aten::(mm|addmm|bmm|matmul|linear)$"),
+    ("products", r"^_linear_|nvjet|cublas|cutlass.*gemm|gemm|gemv|splitKreduce|^aten::(mm|addmm|bmm|matmul|linear)$|^mkldnn::.*linear"),
     ("attention", r"^_paged_attention_|flashinfer|flash|^aten::.*(attention|softmax)"),
     ("experts: products", r"^_grouped_mlp_"),
     ("experts: route, sort, combine", r"^_(route|pick_slots|sort_by_slot|combine_experts)_"),
     ("delta rule and convolution", r"^_(delta_step|gated_delta|causal_conv)_|delta_rule|^chunk_|^recompute_w_u|solve_tril|causal_conv"),
-    ("norms", r"^_(rms_norm|add_rms_norm|gated_rms_norm)_"),
+    ("norms", r"^_(rms_norm|add_rms_norm|gated_rms_norm)_|^aten::rms_norm$"),
     ("q/k norm, rope, cache write", r"^_qk_rope_write_"),
     ("activation", r"^_(silu_mul|sigmoid_mul)_|^aten::silu"),
     ("sums by peers, and their norms", r"^_peer_sum_"),
