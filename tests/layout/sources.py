@@ -53,5 +53,16 @@ def imports(tree: ast.AST) -> Iterator[str]:
             yield from imports(node)
 
 
+def launched(tree: ast.Module) -> set[str]:
+    """Kernels of the Triton language that a file launches: `name[grid](...)` of a function decorated with jit."""
+    jitted = {
+        node.name
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(each) for each in node.decorator_list)
+    }
+    calls = (node.func for node in ast.walk(tree) if isinstance(node, ast.Call))
+    return jitted & {call.value.id for call in calls if isinstance(call, ast.Subscript) and isinstance(call.value, ast.Name)}
+
+
 def _is_for_types(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"

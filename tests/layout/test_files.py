@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from layout.sources import HOME, ROOTS, product, sources
+from layout.sources import HOME, ROOTS, launched, product, sources
 
 DRAWERS = re.compile(r"util|helper|manager|common|misc")
 OP_FILES = {"__init__.py", "op.py", "reference.py", "cases.py"}
@@ -50,6 +50,16 @@ def test_op_folders_are_whole():
     folders = [path for path in kernels.iterdir() if path.is_dir() and path.name != "__pycache__"]
     missing = {folder.name: OP_FILES - {path.name for path in folder.iterdir()} for folder in folders}
     assert not {name: files for name, files in missing.items() if files}
+
+
+def test_kernels_bear_their_op_s_name():
+    """A profile shows names of kernels and nothing else: `_linear_columns`, not `_columns`."""
+    wrong = []
+    for source in product():
+        op = Path(source.path).parent.name
+        names = {name for name in launched(source.tree) if name != f"_{op}" and not name.startswith(f"_{op}_")}
+        wrong += [f"{source.path}: {name}" for name in names]
+    assert not wrong
 
 
 def test_readme_tree_is_the_real_one():

@@ -22,6 +22,7 @@ from trireme.parallel.plan import Plan
 from trireme.serve.metrics import METRICS_PERIOD_S
 from trireme.serve.text import Text
 from trireme_tools.load import drive, summary
+from trireme_tools.profiler import Profiler, as_json, show
 from trireme_tools.progress import progress_bar
 from trireme_tools.scrape import between, read_page
 from trireme_tools.settings_options import override, settings_options
@@ -56,6 +57,9 @@ def bench(
     plot: Annotated[
         str, typer.Option(help="Only draw what --prefill or --decode wrote, several plans in one picture, as one.json,tp2.json.")
     ] = "",
+    profile: Annotated[
+        bool, typer.Option(help="With --decode or --prefill: also what some steps are made of on each rank's device, by kernels.")
+    ] = False,
     seed: int = 0,
     ops: Annotated[bool, typer.Option(help="Only the kernels, on shapes of real models, against what this machine can do.")] = False,
     op: Annotated[str | None, typer.Option(help="With --ops: this one alone.")] = None,
@@ -75,12 +79,15 @@ def bench(
     from trireme_tools.serve import settings_of
 
     settings, console = settings_of(model, chosen), Console(stderr=True)
-    if decode:
-        _bench_decode(settings, decode, int(input_len), int(output_len), output)
+    if decode or prefill:
+        profiler = Profiler() if profile else None
+        if decode:
+            _bench_decode(settings, decode, int(input_len), int(output_len), profiler, output)
+        else:
+            _bench_prefill(settings, prefill, profiler, output)
         return
-    if prefill:
-        _bench_prefill(settings, prefill, output)
-        return
+    if profile:
+        raise Refusal("nothing is profiled", why="windows are of steps that are alike", fix="add --decode 1,256 or --prefill 32x1024")
     asks = _asks(workload, requests, input_len, output_len, Path(settings.model), seed)
     asks = [replace(ask, temperature=temperature) for ask in asks]
     if drafts:
@@ -141,29 +148,29 @@ def _bench_drafts(settings: Settings, asks: Sequence[Ask], drafts: Sequence[int]
     _write(output, {"workload": _describe(asks), "drafts": rows})
 
 
-def _bench_decode(settings: Settings, batches: str, input_len: int, output_len: int, output: Path) -> None:
+def _bench_decode(settings: Settings, batches: str, input_len: int, output_len: int, profiler: Profiler | None, output: Path) -> None:
     from trireme_tools.offline import measure_decode
 
     spec = read_spec(Path(settings.model))
     plan = str(Plan.of(settings, spec))
-    steps = measure_decode(settings, [int(batch) for batch in batches.split(",")], input_len, output_len, spec.vocab_size)
+    steps = measure_decode(settings, [int(batch) for batch in batches.split(",")], input_len, output_len, spec.vocab_size, profiler)
     table = Table("sequences", "decode step, ms", "prompt tokens/s", title=f"{plan}: {input_len} in, {output_len} out, all at once")
     for step in steps:
         table.add_row(str(step.batch), f"{step.step_ms:.2f}", f"{step.batch * input_len / step.first_s:.0f}")
     Console().print(table)
-    _write(output, {"plan": plan, "decode": [step._asdict() for step in steps]})
+    _write(output, {"plan": plan, "decode": [step._asdict() for step in steps]} | _profiled(profiler))
 
 
 _PREFILL_RUNS = 5  # of each length
 
 
-def _bench_prefill(settings: Settings, lengths: str, output: Path) -> None:
+def _bench_prefill(settings: Settings, lengths: str, profiler: Profiler | None, output: Path) -> None:
     from trireme_tools.offline import measure_prefill
 
     spec = read_spec(Path(settings.model))
     plan = str(Plan.of(settings, spec))
     shapes = [_prompts(text) for text in lengths.split(",")]
-    measured, activation_bytes = measure_prefill(settings, shapes, _PREFILL_RUNS, spec.vocab_size)
+    measured, activation_bytes = measure_prefill(settings, shapes, _PREFILL_RUNS, spec.vocab_size, profiler)
     table = Table("prompts", "tokens of each", "to the first token of all, ms", "tokens/s", title=f"{plan}, median of {_PREFILL_RUNS}")
     for each in measured:
         table.add_row(str(each.prompts), str(each.input_len), f"{each.seconds * 1e3:.1f}", f"{each.tokens_per_s:.0f}")
@@ -173,7 +180,16 @@ def _bench_prefill(settings: Settings, lengths: str, output: Path) -> None:
         Console().print(f"activations at the peak of the largest step, MiB of a rank of each stage: {told}")
     rows = [each._asdict() | {"tokens_per_s": each.tokens_per_s} for each in measured]
     most_rows = settings.max_num_batched_tokens
-    _write(output, {"plan": plan, "max_num_batched_tokens": most_rows, "activation_bytes": activation_bytes, "prefill": rows})
+    report = {"plan": plan, "max_num_batched_tokens": most_rows, "activation_bytes": activation_bytes, "prefill": rows}
+    _write(output, report | _profiled(profiler))
+
+
+def _profiled(profiler: Profiler | None) -> dict[str, Any]:
+    """What goes into a report, once it is shown; nothing where nothing was profiled."""
+    if profiler is None:
+        return {}
+    show(Console(), profiler.profiles)
+    return {"profile": as_json(profiler.profiles)}
 
 
 def _prompts(text: str) -> tuple[int, int]:

@@ -7,8 +7,9 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import msgspec
@@ -25,6 +26,7 @@ from trireme.ranks.local import LocalStages
 from trireme.serve.balancing import Balancing, first_maps
 from trireme.serve.place import run_folder
 from trireme_tools.load import Record
+from trireme_tools.profiler import PREFILL, Profiler, Window, decodes
 from trireme_tools.workload import Ask, make_workload
 
 
@@ -83,13 +85,21 @@ class Measured(NamedTuple):
     acceptance_length: float | None  # mean tokens for each time that drafts of a sequence were verified; None where none were
 
 
-def measure(settings: Settings, workload: Sequence[Ask], concurrency: int, progress: Callable[[int], None]) -> Measured:
-    """At most `concurrency` requests at once, after a short request that is not counted."""
+def measure(
+    settings: Settings,
+    workload: Sequence[Ask],
+    concurrency: int,
+    progress: Callable[[int], None],
+    profiler: Profiler | None = None,
+    windows: Mapping[str, Window] = MappingProxyType({}),
+) -> Measured:
+    """At most `concurrency` requests at once, after a short request that is not counted. `windows` are recorded meanwhile."""
     settings = msgspec.structs.replace(settings, max_queue_size=max(settings.max_queue_size, len(workload)))
-    with running(settings) as engine:
+    with running(settings, profiler) as engine:
         _drive(engine, [Ask((3, 4, 5, 6), 8)], 1, lambda count: None)
         verified, accepted = engine.stats.verifications, engine.stats.accepted_tokens
-        records, seconds = _drive(engine, workload, concurrency, progress)
+        with profiler.recording(windows) if profiler is not None else contextlib.nullcontext():
+            records, seconds = _drive(engine, workload, concurrency, progress)
         verified, accepted = engine.stats.verifications - verified, engine.stats.accepted_tokens - accepted
         return Measured(records, seconds, 1.0 + accepted / verified if verified else None)
 
@@ -102,10 +112,13 @@ class DecodeStep(NamedTuple):
     step_ms: float  # for each token after that
 
 
-def measure_decode(settings: Settings, batches: Sequence[int], input_len: int, output_len: int, vocab_size: int) -> list[DecodeStep]:
-    """A decode step is (seconds of output_len tokens - seconds of one) / (output_len - 1), in milliseconds."""
+def measure_decode(
+    settings: Settings, batches: Sequence[int], input_len: int, output_len: int, vocab_size: int, profiler: Profiler | None = None
+) -> list[DecodeStep]:
+    """A decode step is (seconds of output_len tokens - seconds of one) / (output_len - 1), in milliseconds. `profiler` records some
+    in the middle of one more run."""
     settings = msgspec.structs.replace(settings, max_queue_size=max(settings.max_queue_size, *batches))
-    with running(settings) as engine:
+    with running(settings, profiler) as engine:
 
         def seconds(batch: int, outputs: int) -> float:
             return _drive(engine, make_workload(batch, str(input_len), str(outputs), vocab_size, outputs), batch, lambda count: None)[1]
@@ -113,6 +126,10 @@ def measure_decode(settings: Settings, batches: Sequence[int], input_len: int, o
         for batch in batches:  # what is compiled at its first use
             seconds(batch, 8)
         times = [(batch, seconds(batch, 1), seconds(batch, output_len)) for batch in batches]
+        if profiler is not None:
+            for batch in batches:
+                with profiler.recording({f"decode of {batch}": decodes(output_len)}):
+                    seconds(batch, output_len)
     return [DecodeStep(batch, first_s, (all_s - first_s) / (output_len - 1) * 1e3) for batch, first_s, all_s in times]
 
 
@@ -130,21 +147,29 @@ class Prefill(NamedTuple):
 
 
 def measure_prefill(
-    settings: Settings, shapes: Sequence[tuple[int, int]], repeats: int, vocab_size: int
+    settings: Settings, shapes: Sequence[tuple[int, int]], repeats: int, vocab_size: int, profiler: Profiler | None = None
 ) -> tuple[list[Prefill], list[int]]:
     """`shapes`: (prompts, tokens of each). Each is measured `repeats` times, on other prompts, after one run that does not count.
-    Also the activation_bytes of each stage."""
+    Also the activation_bytes of each stage. `profiler` records one run more."""
     settings = msgspec.structs.replace(settings, max_queue_size=max(settings.max_queue_size, *(prompts for prompts, _ in shapes)))
     measured = []
-    with running(settings) as engine:
+    with running(settings, profiler) as engine:
+
+        def run(prompts: int, input_len: int, seed: int) -> list[Record]:
+            return _drive(engine, make_workload(prompts, str(input_len), "1", vocab_size, seed), prompts, lambda count: None)[0]
+
         for prompts, input_len in shapes:
             runs = []
             for seed in range(1 + repeats):
-                records, _ = _drive(engine, make_workload(prompts, str(input_len), "1", vocab_size, seed), prompts, lambda count: None)
+                records = run(prompts, input_len, seed)
                 if errors := [record.error for record in records if record.error]:
                     raise Refusal(f"a prompt of {input_len} tokens failed", why=errors[0], fix="give --max-model-len room for it")
                 runs.append(max(record.arrivals[0] for record in records) - records[0].sent)
             measured.append(Prefill(prompts, input_len, statistics.median(runs[1:]), runs[1:]))
+        if profiler is not None:
+            for prompts, input_len in shapes:
+                with profiler.recording({f"prefill of {prompts} x {input_len}": PREFILL}):
+                    run(prompts, input_len, 1 + repeats)
         return measured, [state.activation_bytes for state in engine.state()[1] if state is not None]
 
 

@@ -99,7 +99,6 @@ class LocalProcess:
 
 
 def _import_roots() -> list[str]:
-    """The folders `backend` and `kernels` of a source tree; none where the wheel is installed (then the rank's Python has it too)."""
-    backend = Path(__file__).resolve().parents[2]
-    kernels = backend.parent / "kernels"
-    return [str(backend), str(kernels)] if kernels.is_dir() else []
+    """The folders of a source tree that hold packages; none where the wheel is installed (then the rank's Python has it too)."""
+    home = Path(__file__).resolve().parents[3]
+    return [str(home / root) for root in ("backend", "kernels", "tools")] if (home / "kernels").is_dir() else []

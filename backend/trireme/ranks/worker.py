@@ -91,37 +91,38 @@ def serve(brief: Brief, channel: RankChannel, heart: Heart) -> None:
     Duty(brief, channel, runner).do()
 
 
-def main(serve: Serve) -> None:
+def main(serve: Serve, channel: type[RankChannel] = RankChannel) -> None:
+    """`channel`: what a rank hears and answers over."""
     if sys.argv[1] == "--pool":
         tie_to(int(sys.argv[2]))
-        _live_on(serve, Connection(sys.stdin.fileno()))
+        _live_on(serve, channel, Connection(sys.stdin.fileno()))
     else:
         brief = msgspec.json.decode(sys.argv[1], type=Brief)
         tie_to(brief.leader)
-        _live(serve, brief)
+        _live(serve, channel, brief)
 
 
-def _live_on(serve: Serve, pool: Connection) -> None:
+def _live_on(serve: Serve, channel: type[RankChannel], pool: Connection) -> None:
     """Life after life, until the pool is closed. A life that ends in an exception ends the process, as it would without a pool."""
     with contextlib.suppress(EOFError):
         while True:
-            _live(serve, msgspec.json.decode(pool.recv_bytes(), type=Brief), leave=pool.fileno())
+            _live(serve, channel, msgspec.json.decode(pool.recv_bytes(), type=Brief), leave=pool.fileno())
             settle()  # groups and caches in cycles go; the rest is torch's and ours for ever
             pool.recv_bytes()
             pool.send_bytes(b"left")
 
 
-def _live(serve: Serve, brief: Brief, leave: int | None = None) -> None:
+def _live(serve: Serve, channel: type[RankChannel], brief: Brief, leave: int | None = None) -> None:
     """One life; nothing of it stays."""
-    channel = RankChannel(Path(brief.run_dir), brief.stage, brief.rank, brief.life, leave)
-    heart = Heart(channel)
+    opened = channel(Path(brief.run_dir), brief.stage, brief.rank, brief.life, leave)
+    heart = Heart(opened)
     try:
-        serve(brief, channel, heart)
+        serve(brief, opened, heart)
     except Left:
         pass
     finally:
         heart.stop()
-        channel.close()
+        opened.close()
 
 
 if __name__ == "__main__":

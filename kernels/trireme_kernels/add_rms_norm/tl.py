@@ -29,12 +29,12 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     total = torch.empty_like(normed)
     if num_rows:
         strides, block = (x.stride(0), residual.stride(0)), triton.next_power_of_2(hidden)
-        _rows[(num_rows,)](x, residual, weight, normed, total, *strides, hidden, eps, BLOCK=block, **early(x))
+        _add_rms_norm_rows[(num_rows,)](x, residual, weight, normed, total, *strides, hidden, eps, BLOCK=block, **early(x))
     return normed, total
 
 
 @triton.jit
-def _rows(
+def _add_rms_norm_rows(
     x, residual, weight, normed, total, x_stride, residual_stride, hidden, eps,
     BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip

@@ -40,7 +40,7 @@ class Tiled:
         num_rows, num_channels = x.shape
         out = torch.empty(num_rows, num_channels, dtype=x.dtype, device=x.device)
         if num_rows:
-            _tile[(triton.cdiv(num_rows, _ROWS), triton.cdiv(num_channels, _COLUMNS))](
+            _causal_conv_tile[(triton.cdiv(num_rows, _ROWS), triton.cdiv(num_channels, _COLUMNS))](
                 x,
                 left,
                 weight,
@@ -59,7 +59,7 @@ class Tiled:
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _tile(
+def _causal_conv_tile(
     x, left, weight, plan, out, num_rows, num_channels, x_row, left_item, left_row, weight_row,
     TAPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip

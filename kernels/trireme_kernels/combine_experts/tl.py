@@ -30,7 +30,7 @@ def combine_experts(results: Tensor, weights: Tensor, shared: Shared | None) -> 
     assert results.is_contiguous() and weights.is_contiguous() and all(each.stride(1) == 1 for each in others)
     if num_rows:
         block = min(1024, triton.next_power_of_2(hidden))
-        _rows[(num_rows, triton.cdiv(hidden, block))](
+        _combine_experts_rows[(num_rows, triton.cdiv(hidden, block))](
             results,
             weights,
             *others,
@@ -47,7 +47,7 @@ def combine_experts(results: Tensor, weights: Tensor, shared: Shared | None) -> 
 
 
 @triton.jit
-def _rows(
+def _combine_experts_rows(
     results, weights, shared, x, gate, out, hidden, shared_row, x_row,
     TOP_K: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip

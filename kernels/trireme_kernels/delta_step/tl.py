@@ -139,7 +139,7 @@ def launch(
     shared, keys, values = num_heads // num_key_heads, triton.next_power_of_2(key_dim), triton.next_power_of_2(value_dim)
     together, num_warps = tiles(num_items * num_key_heads)
     together = min(together, triton.next_power_of_2(shared), max(1, _MOST_NUMBERS // (keys * values)))
-    _step[(num_items, num_key_heads)](
+    _delta_step_items[(num_items, num_key_heads)](
         qkv,
         a,
         b,
@@ -183,7 +183,7 @@ def launch(
 
 
 @triton.jit(do_not_specialize=["num_items", "num_rows"])
-def _step(
+def _delta_step_items(
     qkv, a, b, gate, inputs, held, slots, fresh, plan, num_items, num_rows, num_channels,
     qkv_row, a_row, b_row, gate_row, gate_head, inputs_slot, inputs_row, held_slot, held_row,
     weight, log_decay, dt_bias, norm, eps, states, out, weight_row, states_slot,

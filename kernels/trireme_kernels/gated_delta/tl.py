@@ -92,7 +92,7 @@ class Tiled:
         }
         values = max(16, triton.next_power_of_2(value_dim))
         if num_chunks:
-            _chunk[(num_chunks, num_heads)](
+            _gated_delta_chunk[(num_chunks, num_heads)](
                 q,
                 k,
                 v,
@@ -113,7 +113,7 @@ class Tiled:
                 BLOCK=_BLOCK,
                 num_warps=4,
             )
-        _carry[(triton.cdiv(value_dim, _VALUES), num_heads, num_items)](
+        _gated_delta_carry[(triton.cdiv(value_dim, _VALUES), num_heads, num_items)](
             q,
             k,
             u,
@@ -137,7 +137,7 @@ class Tiled:
 
 
 @triton.jit(do_not_specialize=["num_chunks"])
-def _chunk(
+def _gated_delta_chunk(
     q, k, v, g, beta, u, w, scores, scales, chunks, num_chunks, key_row, key_head, value_row, value_head, g_row, beta_row,
     SHARED: tl.constexpr, HEADS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr,
     PRECISION: tl.constexpr, VALUES: tl.constexpr, BLOCK: tl.constexpr,
@@ -218,7 +218,7 @@ def _joined(whole, system, row, SPAN: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["num_chunks", "num_items"])
-def _carry(
+def _gated_delta_carry(
     q, k, u, w, scores, scales, initial, final, out, chunks, items, num_chunks, num_items, key_row, key_head,
     SHARED: tl.constexpr, HEADS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr,
     PRECISION: tl.constexpr, VALUES: tl.constexpr,

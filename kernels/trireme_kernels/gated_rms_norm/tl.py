@@ -35,14 +35,14 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tenso
     if len(x):
         block = triton.next_power_of_2(dim)
         together = min(triton.next_power_of_2(heads), max(1, _NUMBERS // block))
-        _heads[(len(x), triton.cdiv(heads, together))](
+        _gated_rms_norm_heads[(len(x), triton.cdiv(heads, together))](
             x, gate, weight, out, *x.stride()[:2], *gate.stride()[:2], heads, dim, eps, HEADS=together, BLOCK=block, **early(x)
         )
     return out
 
 
 @triton.jit
-def _heads(
+def _gated_rms_norm_heads(
     x, gate, weight, out, x_row, x_head, gate_row, gate_head, num_heads, dim, eps,
     HEADS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip

@@ -121,7 +121,7 @@ def product(x: Tensor, weight: Tensor, pairs: Pairs, tile: Tile, *, gated: bool)
         return out
     groups = min(num_slots, num_pairs)  # each may leave its last tile with one row
     num_tiles = (num_pairs + groups * (tile.rows - 1)) // tile.rows
-    _multiply[(triton.cdiv(num_columns, tile.columns), num_tiles)](
+    _grouped_mlp_product[(triton.cdiv(num_columns, tile.columns), num_tiles)](
         x,
         weight,
         out,
@@ -148,7 +148,7 @@ def product(x: Tensor, weight: Tensor, pairs: Pairs, tile: Tile, *, gated: bool)
 
 
 @triton.jit
-def _multiply(
+def _grouped_mlp_product(
     x, weight, out, order, begins, num_slots, num_out, num_in, x_row, weight_slot, weight_row,
     TOP_K: tl.constexpr, GATED: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
     WHOLE: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr,

@@ -57,7 +57,7 @@ def linear(
     assert x.stride(1) == 1 and weight.is_contiguous(), "rows are contiguous"
     out = torch.empty(num_rows, num_out, dtype=dtype, device=x.device)
     if out.numel():
-        _columns[(triton.cdiv(num_out, tile.columns),)](
+        _linear_columns[(triton.cdiv(num_out, tile.columns),)](
             x,
             weight,
             weight if bias is None else bias,  # an unused pointer must still be one
@@ -86,7 +86,7 @@ def _many(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) ->
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _columns(
+def _linear_columns(
     x, weight, bias, out, num_rows, num_out, num_in, x_row,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, BIAS: tl.constexpr, WIDEN: tl.constexpr,
     STAGES: tl.constexpr, PDL: tl.constexpr,

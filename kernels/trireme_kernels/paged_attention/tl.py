@@ -59,7 +59,7 @@ class Tiled:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         num_blocks = plan.blocks.shape[1]
         if num_blocks:
-            _attend[(num_blocks, num_kv_heads)](
+            _paged_attention_blocks[(num_blocks, num_kv_heads)](
                 q,
                 k_pool,
                 v_pool,
@@ -107,7 +107,7 @@ class _Captured:
 
 
 @triton.jit(do_not_specialize=["num_blocks", "table_width"])
-def _attend(
+def _paged_attention_blocks(
     q, k_pool, v_pool, out, page_table, blocks, num_blocks, table_width, scale,
     q_row, q_head, k_page, k_head, k_offset, v_page, v_head, v_offset, out_row, out_head,
     PAGE: tl.constexpr, SHARED: tl.constexpr, WINDOW: tl.constexpr,

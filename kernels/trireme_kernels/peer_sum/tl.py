@@ -35,7 +35,7 @@ class InOneKernel:
         block = min(cell, triton.next_power_of_2(num))
         if num:
             box = boxes.every[boxes.place]
-            _sums[(triton.cdiv(num, block),)](
+            _peer_sum_cells[(triton.cdiv(num, block),)](
                 x.view(box.dtype), x, num, *_of(boxes, box), EMPTY=empty_of(box.dtype), **_fixed(boxes, block, box)
             )
         return x
@@ -46,7 +46,7 @@ class InOneKernel:
         total = torch.empty_like(normed)
         if num_rows:
             box = boxes.every[boxes.place]
-            _rows[(num_rows,)](
+            _peer_sum_rows[(num_rows,)](
                 x.view(box.dtype),
                 residual,
                 weight,
@@ -69,7 +69,7 @@ class InOneKernel:
             bits = boxes.every[boxes.place]
             box = bits.view(torch.int64)
             block = min(box.shape[-1], triton.next_power_of_2(num))
-            _bests[(triton.cdiv(num, block),)](
+            _peer_sum_bests[(triton.cdiv(num, block),)](
                 values,
                 ids,
                 highest,
@@ -100,7 +100,7 @@ def _fixed(boxes: Boxes, block: int, box: Tensor) -> dict[str, int]:
 
 
 @triton.jit  # `num` may be known as a multiple of 16: then rows are written in pieces of 16 bytes, else in numbers of two
-def _sums(
+def _peer_sum_cells(
     bits,
     x,
     num,
@@ -131,7 +131,7 @@ def _sums(
 
 
 @triton.jit
-def _rows(
+def _peer_sum_rows(
     bits,
     residual,
     weight,
@@ -171,7 +171,7 @@ def _rows(
 
 
 @triton.jit(do_not_specialize=["num"])
-def _bests(
+def _peer_sum_bests(
     values,
     ids,
     highest,

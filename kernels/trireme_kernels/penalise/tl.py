@@ -35,7 +35,7 @@ def penalise(
     assert logits.stride(1) == prompt_mask.stride(1) == output_counts.stride(1) == 1, "rows are contiguous"
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     if num_rows:
-        _blocks[(num_rows, triton.cdiv(width, _BLOCK))](
+        _penalise_blocks[(num_rows, triton.cdiv(width, _BLOCK))](
             logits,
             prompt_mask.view(torch.uint8),
             output_counts,
@@ -53,7 +53,7 @@ def penalise(
 
 
 @triton.jit
-def _blocks(
+def _penalise_blocks(
     logits, prompt_mask, output_counts, repetition, presence, frequency, out,
     width, logits_row, mask_row, counts_row, BLOCK: tl.constexpr,
 ):  # fmt: skip

@@ -28,7 +28,7 @@ def pick_slots(experts: Tensor, copies: Tensor, num_rows: Tensor | None, loads: 
     assert experts.is_contiguous() and copies.is_contiguous() and (loads is None or loads.is_contiguous())
     slots = torch.empty_like(experts)
     if num_choices := experts.numel():
-        _choices[(triton.cdiv(num_choices, _BLOCK),)](
+        _pick_slots_choices[(triton.cdiv(num_choices, _BLOCK),)](
             experts,
             copies,
             experts if num_rows is None else num_rows,  # not read where all rows are real
@@ -46,7 +46,7 @@ def pick_slots(experts: Tensor, copies: Tensor, num_rows: Tensor | None, loads: 
 
 
 @triton.jit(do_not_specialize=["num_choices"])
-def _choices(
+def _pick_slots_choices(
     experts, copies, num_rows, loads, slots, num_choices, top_k, most,
     ALL: tl.constexpr, COUNTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip

@@ -43,7 +43,7 @@ def qk_rope_write(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if num_rows:
         q_parts, kv_parts = triton.cdiv(num_heads, _HEADS), triton.cdiv(num_kv_heads, _HEADS)
-        _heads[(num_rows, q_parts + 2 * kv_parts)](
+        _qk_rope_write_heads[(num_rows, q_parts + 2 * kv_parts)](
             q,
             k,
             v,
@@ -82,7 +82,7 @@ def qk_rope_write(
 
 
 @triton.jit
-def _heads(
+def _qk_rope_write_heads(
     q, k, v, cos_sin, positions, q_norm, k_norm, eps, out, k_pool, v_pool, pages,
     q_row, q_head, k_row, k_head, v_row, v_head, angle_row, k_page, k_page_head, k_offset, v_page, v_page_head, v_offset,
     HQ: tl.constexpr, HK: tl.constexpr, Q_PARTS: tl.constexpr, KV_PARTS: tl.constexpr, HEADS: tl.constexpr,

@@ -26,12 +26,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # [T, H], [H] ->
     num_rows, hidden = x.shape
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if num_rows:
-        _rows[(num_rows,)](x, weight, out, x.stride(0), hidden, eps, BLOCK=triton.next_power_of_2(hidden), **early(x))
+        _rms_norm_rows[(num_rows,)](x, weight, out, x.stride(0), hidden, eps, BLOCK=triton.next_power_of_2(hidden), **early(x))
     return out
 
 
 @triton.jit
-def _rows(x, weight, out, row_stride, hidden, eps, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _rms_norm_rows(x, weight, out, row_stride, hidden, eps, BLOCK: tl.constexpr, PDL: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < hidden

@@ -35,7 +35,7 @@ def route(logits: Tensor, top_k: int, renormalise: bool) -> tuple[Tensor, Tensor
     if num_rows:
         experts = triton.next_power_of_2(num_experts)
         rows = max(1, _BLOCK // experts)
-        _rows[(triton.cdiv(num_rows, rows),)](
+        _route_rows[(triton.cdiv(num_rows, rows),)](
             logits,
             weights,
             ids,
@@ -53,7 +53,7 @@ def route(logits: Tensor, top_k: int, renormalise: bool) -> tuple[Tensor, Tensor
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _rows(
+def _route_rows(
     logits, weights, ids, num_rows, num_experts, row_stride,
     TOP_K: tl.constexpr, RENORMALISE: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr, CHOSEN: tl.constexpr,
     PDL: tl.constexpr,

@@ -1,6 +1,6 @@
 """sample in the Triton language: nothing is sorted, nothing is decided on the host. The noise is noise.py's, made where it is used.
 
-Two launches. `_draw` gives each row that no filter joins to several programs, each the best of its columns. `_settle` gives
+Two launches. `_sample_draw` gives each row that no filter joins to several programs, each the best of its columns. `_sample_settle` gives
 each row one program: it takes the best of those; or it finds what a filtered row's filters leave, and the best of that.
 
 Filters drop a tail of the sorted row, so all that is needed is the number where the tail begins. It is found by narrowing:
@@ -22,7 +22,7 @@ from trireme_kernels.case import Case
 from trireme_kernels.sample.op import Sample
 
 _BLOCK = 1024  # columns at a time
-_PROGRAMS = 1024  # that `_draw` uses where the rows are few: several for each multiprocessor
+_PROGRAMS = 1024  # that `_sample_draw` uses where the rows are few: several for each multiprocessor
 
 
 def fits(case: Case) -> str | None:
@@ -56,14 +56,14 @@ def sample(
     where = torch.empty(num_rows, num_parts, dtype=torch.int32, device=logits.device)
     row = logits, temperature, top_k, top_p, min_p, seeds, positions, logits if ids is None else ids, best, where
     sizes = width, num_parts, logits.stride(0), 0 if ids is None or len(ids) == 1 else ids.stride(0)
-    _draw[(num_rows, num_parts)](*row, *sizes, part, NAMED=ids is not None, BLOCK=_BLOCK)
+    _sample_draw[(num_rows, num_parts)](*row, *sizes, part, NAMED=ids is not None, BLOCK=_BLOCK)
     parts = triton.next_power_of_2(num_blocks)  # the most there can be, so that all batches share one compiled kernel
-    _settle[(num_rows,)](*row, tokens, scores, *sizes, NAMED=ids is not None, BLOCK=_BLOCK, PARTS=parts, num_warps=8)
+    _sample_settle[(num_rows,)](*row, tokens, scores, *sizes, NAMED=ids is not None, BLOCK=_BLOCK, PARTS=parts, num_warps=8)
     return tokens, scores
 
 
 @triton.jit(do_not_specialize=["num_parts", "part"])
-def _draw(
+def _sample_draw(
     logits, temperature, top_k, top_p, min_p, seeds, positions, ids, best, where,
     width, num_parts, logits_row, ids_row, part, NAMED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -89,7 +89,7 @@ def _draw(
 
 
 @triton.jit(do_not_specialize=["num_parts"])
-def _settle(
+def _sample_settle(
     logits, temperature, top_k, top_p, min_p, seeds, positions, ids, best, where, tokens, scores,
     width, num_parts, logits_row, ids_row, NAMED: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip

@@ -31,12 +31,14 @@ def sigmoid_mul(x: Tensor, gate: Tensor) -> Tensor:  # [T, H, D] twice -> [T, H,
     if num_rows:
         width = num_heads * dim
         block = min(_NUMBERS, triton.next_power_of_2(width))
-        _blocks[(num_rows, triton.cdiv(width, block))](x, gate, out, x.stride(0), gate.stride(0), width, BLOCK=block, **early(x))
+        _sigmoid_mul_blocks[(num_rows, triton.cdiv(width, block))](
+            x, gate, out, x.stride(0), gate.stride(0), width, BLOCK=block, **early(x)
+        )
     return out
 
 
 @triton.jit
-def _blocks(x, gate, out, x_row, gate_row, width, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _sigmoid_mul_blocks(x, gate, out, x_row, gate_row, width, BLOCK: tl.constexpr, PDL: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width

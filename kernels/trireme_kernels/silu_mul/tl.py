@@ -28,12 +28,12 @@ def silu_mul(gate_up: Tensor) -> Tensor:  # [T, 2 I] -> [T, I]
     out = torch.empty(num_rows, width, dtype=gate_up.dtype, device=gate_up.device)
     if num_rows:
         block = min(1024, triton.next_power_of_2(width))
-        _blocks[(num_rows, triton.cdiv(width, block))](gate_up, out, gate_up.stride(0), width, BLOCK=block, **early(gate_up))
+        _silu_mul_blocks[(num_rows, triton.cdiv(width, block))](gate_up, out, gate_up.stride(0), width, BLOCK=block, **early(gate_up))
     return out
 
 
 @triton.jit
-def _blocks(gate_up, out, row_stride, width, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _silu_mul_blocks(gate_up, out, row_stride, width, BLOCK: tl.constexpr, PDL: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width

@@ -33,7 +33,7 @@ def sort_by_slot(slots: Tensor, weights: Tensor, first: int, num_slots: int, num
     here = torch.empty_like(weights)
     block = max(16, min(_MOST, triton.next_power_of_2(num_pairs)))
     real = slots if num_rows is None else num_rows  # not read where all rows are real
-    _slots[(num_slots + 1,)](
+    _sort_by_slot_pairs[(num_slots + 1,)](
         slots,
         weights,
         real,
@@ -53,7 +53,7 @@ def sort_by_slot(slots: Tensor, weights: Tensor, first: int, num_slots: int, num
 
 
 @triton.jit(do_not_specialize=["num_pairs"])
-def _slots(
+def _sort_by_slot_pairs(
     slots, weights, num_rows, order, begins, here, num_pairs, top_k, first, num_slots,
     ALL: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
