@@ -152,7 +152,10 @@ def relocated(place: int, store: Any, epoch: int, device: torch.device) -> tuple
         mixtures.append(Mixture(placement, [weight]))
     steps, relocation = collectives.along("tp"), Relocation(collectives.along("ep", use="eplb"), mixtures, most_layers=4)
     collectives.begin(
-        {span: form_group(store, epoch, collectives.mesh.name_of(span), place, 2, LIMIT_S, device) for span in collectives.spans}
+        {
+            span: form_group(store, epoch, collectives.mesh.name_of(span), place, 2, LIMIT_S, device, aside=bool(span.use))
+            for span in collectives.spans
+        }
     )
     relocation.warm_up(LIMIT_S, lambda: False)
     sys.setswitchinterval(0.0002)  # as ranks do

@@ -128,8 +128,8 @@ def test_spoilt_bytes_are_named_and_dropped(monkeypatch, at: int):
     before, maps = stage.maps, {1: np.roll(stage.maps[1], 6)}
     sound, spoil = ThreadGroup.all_to_all, [True]
 
-    def all_to_all(self, x, sent, received):
-        came = sound(self, x, sent, received)
+    def all_to_all(self, x, sent, received, into):
+        came = sound(self, x, sent, received, into)
         if self._place == 1 and len(came) and spoil:
             spoil.pop()
             came[1, at] ^= 1
@@ -154,6 +154,40 @@ def test_spoilt_bytes_are_named_and_dropped(monkeypatch, at: int):
     stage.check(before | maps)
 
 
+@pytest.mark.parametrize("plan", PLANS)
+def test_the_way_is_walked_in_a_full_chunk_and_every_expert_stays(plan: str):
+    """All that a warm-up does on a GPU, where `arrived` waits for others as long as they may take."""
+    stage, arrivals = Stage(PLANS[plan], num_redundant=4), []
+    stage.prepare(1, {1: np.roll(stage.maps[1], 6)})
+    for relocation in stage.relocations:
+        relocation.commit(1)
+    maps = stage.maps
+
+    def walk(rank: int) -> None:
+        relocation = stage.relocations[rank]
+        with relocation._along.held() as group:
+            relocation._walk(group, lambda: arrivals.append(rank))
+
+    on_every_rank(stage.plan.ranks, walk, stage.boards)
+    stage.check(maps)
+    assert sorted(arrivals) == list(range(stage.plan.ranks)) and {relocation.version for relocation in stage.relocations} == {1}
+    stage.prepare(2, {0: np.roll(maps[0], 5)})
+    for relocation in stage.relocations:
+        relocation.commit(2)
+    stage.check(maps | {0: np.roll(maps[0], 5)})
+
+
+def test_large_experts_go_one_at_a_time(monkeypatch):
+    monkeypatch.setattr("trireme.parallel.relocation._CHUNK_BYTES", 100)  # of 64 bytes each
+    stage = Stage(PLANS["ep2"])
+    before, swap = stage.maps, np.roll(np.arange(EXPERTS), EXPERTS // 2).astype(np.int32)
+    stage.prepare(1, {0: swap})
+    assert [len(traffic.calls) for traffic in stage.boards.traffic.values()] == [4, 4]
+    for relocation in stage.relocations:
+        relocation.commit(1)
+    stage.check(before | {0: swap})
+
+
 def test_maps_that_fit_nothing_are_refused():
     stage = Stage(PLANS["ep2"], most_layers=1)
     lacking, whole = np.zeros(EXPERTS, np.int32), np.arange(EXPERTS, dtype=np.int32)
@@ -165,7 +199,7 @@ def test_maps_that_fit_nothing_are_refused():
 def test_a_rank_that_fails_frees_the_others_and_prepares_nothing_more_in_this_epoch(monkeypatch):
     stage = Stage(PLANS["ep2"])
     maps = {0: np.roll(stage.maps[0], 4)}
-    monkeypatch.setattr(stage.relocations[1], "_write", lambda move, record: 1 / 0)
+    monkeypatch.setattr(stage.relocations[1], "_write", lambda move, record: 1 / 0)  # also of what stays on the rank
     with pytest.raises(ZeroDivisionError):
         stage.prepare(1, maps)
     with pytest.raises(LinkLost):  # its group is gone, those of the steps are not

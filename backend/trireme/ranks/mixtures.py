@@ -41,11 +41,6 @@ class Mixtures:
         """Of the maps in force."""
         return self._relocation.version if self._relocation is not None else 0
 
-    def passing(self) -> torch.Tensor:
-        """As much memory as `prepare` takes beside a step."""
-        num_bytes = self._relocation.passing_bytes if self._relocation is not None else 0
-        return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
-
     def prepare(self, version: int, maps: Mapping[int, np.ndarray]) -> int:
         """See Relocation.prepare."""
         if self._relocation is None:

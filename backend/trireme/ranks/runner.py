@@ -378,11 +378,9 @@ class Runner:
         self._allocate(1, 0)
 
         def largest() -> None:
-            passing = self._mixtures.passing() if self._mixtures is not None else None  # maps may be prepared beside it
             for counts, regime in largest_steps(settings, self._decoder.build.plan.regimes, most_rows, num_drafts):
                 self._try(counts, regime)
             verify()
-            del passing
 
         def decode() -> None:
             self._try(np.ones(most_items, np.int32))
