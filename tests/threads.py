@@ -67,13 +67,13 @@ class ThreadGroup:
         self._traffic.note(f"reduce_scatter {self._axis}", x.nbytes - x[: counts[self._place]].nbytes)
         return torch.stack(self._board.exchange(self._place, x.clone())).sum(0).split(counts)[self._place]
 
-    def all_to_all(self, x: torch.Tensor, sent: list[int], received: list[int], into: torch.Tensor | None = None) -> torch.Tensor:
+    def all_to_all(self, x: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
         assert len(x) == sum(sent)
         self._traffic.note(f"all_to_all {self._axis}", x.nbytes - x[: sent[self._place]].nbytes)
         every = self._board.exchange(self._place, x.clone().split(sent))
         came = [parts[self._place] for parts in every]
         assert [len(part) for part in came] == received
-        return torch.cat(came) if into is None else into.copy_(torch.cat(came))
+        return torch.cat(came)
 
     def close(self) -> None:
         self._board.abort()

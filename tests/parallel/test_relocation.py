@@ -128,8 +128,8 @@ def test_spoilt_bytes_are_named_and_dropped(monkeypatch, at: int):
     before, maps = stage.maps, {1: np.roll(stage.maps[1], 6)}
     sound, spoil = ThreadGroup.all_to_all, [True]
 
-    def all_to_all(self, x, sent, received, into):
-        came = sound(self, x, sent, received, into)
+    def all_to_all(self, x, sent, received):
+        came = sound(self, x, sent, received)
         if self._place == 1 and len(came) and spoil:
             spoil.pop()
             came[1, at] ^= 1
@@ -154,27 +154,45 @@ def test_spoilt_bytes_are_named_and_dropped(monkeypatch, at: int):
     stage.check(before | maps)
 
 
+@pytest.mark.parametrize("way", ["copied", "hosts", "wrong"])
 @pytest.mark.parametrize("plan", PLANS)
-def test_the_way_is_walked_in_a_full_chunk_and_every_expert_stays(plan: str):
-    """All that a warm-up does on a GPU, where `arrived` waits for others as long as they may take."""
-    stage, arrivals = Stage(PLANS[plan], num_redundant=4), []
+def test_the_way_is_walked_and_every_expert_stays(plan: str, way: str):
+    """All that a warm-up does on a GPU, and then goes by. Memory that shows other bytes to one rank is given up by all of a group."""
+    stage, rng = Stage(PLANS[plan], num_redundant=4), np.random.default_rng(0)
     stage.prepare(1, {1: np.roll(stage.maps[1], 6)})
     for relocation in stage.relocations:
         relocation.commit(1)
     maps = stage.maps
 
-    def walk(rank: int) -> None:
-        relocation = stage.relocations[rank]
-        with relocation._along.held() as group:
-            relocation._walk(group, lambda: arrivals.append(rank))
+    def walk(rank: int) -> str:
+        relocation, span = stage.relocations[rank], stage.collectives[rank].mesh.spans["ep"]
 
-    on_every_rank(stage.plan.ranks, walk, stage.boards)
+        def see(_) -> str:
+            relocation._sources = [stage.relocations[member]._sent for member in span.members(rank)]
+            if way == "wrong" and relocation._along.place == 1:
+                relocation._sources[0] = torch.ones_like(relocation._sent)
+            return ""
+
+        if way != "hosts":
+            relocation._map = see  # pyright: ignore[reportAttributeAccessIssue]
+        with relocation._along.held() as group:
+            return relocation._meet(group)
+
+    told = set(on_every_rank(stage.plan.ranks, walk, stage.boards))
+    wrong, unseen = "what came out of another's memory was not what was sent", "memory cannot be shared"
+    by = {
+        "copied": "experts are copied",
+        "hosts": f"experts go by way of the hosts: {unseen}",
+        "wrong": f"experts go by way of the hosts: {wrong}",
+    }
+    assert len(told) == 1 and told.pop().startswith(by[way])
     stage.check(maps)
-    assert sorted(arrivals) == list(range(stage.plan.ranks)) and {relocation.version for relocation in stage.relocations} == {1}
-    stage.prepare(2, {0: np.roll(maps[0], 5)})
-    for relocation in stage.relocations:
-        relocation.commit(2)
-    stage.check(maps | {0: np.roll(maps[0], 5)})
+    for version in range(2, 5):
+        new = {layer: legal_map(rng, stage.num_slots) for layer in range(LAYERS)}
+        assert sum(stage.prepare(version, new)) > 0
+        for relocation in stage.relocations:
+            relocation.commit(version)
+        stage.check(new)
 
 
 def test_large_experts_go_one_at_a_time(monkeypatch):

@@ -24,7 +24,6 @@ from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore  # pyright
 
 _HOST = "127.0.0.1"  # stages of one server share a host
 _GLANCE_S = 0.002  # between looks for the others at a meeting
-_ASIDE_CTAS = 4  # multiprocessors that NCCL keeps while it sends beside steps (of 132 an H100 has; its default is up to 32)
 
 Made = TypeVar("Made")
 
@@ -128,9 +127,7 @@ class Group(Protocol):
 
     def reduce_scatter(self, x: torch.Tensor, counts: list[int]) -> torch.Tensor: ...
 
-    def all_to_all(self, x: torch.Tensor, sent: list[int], received: list[int], into: torch.Tensor | None = None) -> torch.Tensor:
-        """`into`: where to put what comes, if not in new memory."""
-        ...
+    def all_to_all(self, x: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor: ...
 
     def close(self) -> None:
         """Its end; members that wait in it are freed."""
@@ -146,12 +143,10 @@ def form_group(
     timeout_s: float,
     device: torch.device,
     give_up: Callable[[], bool] = lambda: False,
-    *,
-    aside: bool = False,
 ) -> GlooGroup | NcclGroup:
-    """Blocks until all members are here. `aside`: it sends beside the steps, and leaves them all but a few of a GPU's multiprocessors."""
+    """Blocks until all members are here."""
     kind = GlooGroup if device.type == "cpu" else NcclGroup
-    group = kind(_form(store, epoch, name, place, size, timeout_s, device, aside), f"{name} of epoch {epoch}", place, size)
+    group = kind(_form(store, epoch, name, place, size, timeout_s, device), f"{name} of epoch {epoch}", place, size)
     if isinstance(group, NcclGroup):
         group.connect(timeout_s, device, give_up)
     return group
@@ -183,8 +178,8 @@ class GlooGroup:
         shares = self.all_to_all(x, counts, [mine] * self._size).view(self._size, mine, *x.shape[1:])
         return shares.sum(0, dtype=torch.float32).to(x.dtype)
 
-    def all_to_all(self, x: torch.Tensor, sent: list[int], received: list[int], into: torch.Tensor | None = None) -> torch.Tensor:
-        came = x.new_empty(sum(received), *x.shape[1:]) if into is None else into
+    def all_to_all(self, x: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
+        came = x.new_empty(sum(received), *x.shape[1:])
         group = self._group  # kept while it waits: `close` by another thread would wait, too, for the group's own thread
         if group is None:
             raise LinkLost(f"{self._name}: it was closed")
@@ -236,8 +231,8 @@ class NcclGroup:
             self._group._reduce_scatter_base(share, x.contiguous(), _on_this_stream(ReduceScatterOptions()))
         return share[:mine]
 
-    def all_to_all(self, x: torch.Tensor, sent: list[int], received: list[int], into: torch.Tensor | None = None) -> torch.Tensor:
-        came = x.new_empty(sum(received), *x.shape[1:]) if into is None else into
+    def all_to_all(self, x: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
+        came = x.new_empty(sum(received), *x.shape[1:])
         with _lost_as(self._name):
             self._group.alltoall_base(came, x.contiguous(), received, sent, _on_this_stream(AllToAllOptions()))
         return came
@@ -354,9 +349,7 @@ def _closed_if_lost(ends: NcclGroup | Pair) -> Iterator[None]:
         raise
 
 
-def _form(
-    store: TCPStore, epoch: int, name: str, place: int, size: int, timeout_s: float, device: torch.device, aside: bool = False
-) -> Any:
+def _form(store: TCPStore, epoch: int, name: str, place: int, size: int, timeout_s: float, device: torch.device) -> Any:
     """A ProcessGroup of torch, of which its stubs know little. Blocks until all members are here."""
     meeting = PrefixStore(f"{epoch}/{name}", store)
     with _lost_as(f"{name} of epoch {epoch}"):
@@ -370,8 +363,6 @@ def _form(
 
         options = ProcessGroupNCCL.Options()
         options._timeout = timedelta(seconds=timeout_s)
-        if aside:
-            options.config.max_ctas = _ASIDE_CTAS
         group = ProcessGroupNCCL(meeting, place, size, options)
         group.eager_connect_single_device(device)
         return group

@@ -8,16 +8,19 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 import torch
 
 from trireme.core.maps import is_legal
 from trireme.parallel.collectives import Along
-from trireme.parallel.comm import Group, LinkLost, wait_for_device
+from trireme.parallel.comm import Group, LinkLost, make_unless
+from trireme.parallel.mapping import mapped, offer
 from trireme.parallel.placement import Placement
 
-_CHUNK = 4  # experts that a rank receives at once, and how many bytes if that is several: one giant exchange hangs NCCL, and sums of the
-_CHUNK_BYTES = 32 << 20  # steps meet it on the same wires (32 MiB are 0.1 ms of NVLink, 1.3 ms of PCIe 4.0)
+_CHUNK = 4  # experts that a rank receives at once, and how many bytes if that is several: memory is set aside for them, and what steps
+_CHUNK_BYTES = 32 << 20  # send meets them on the same wires (32 MiB are 0.1 ms of NVLink, 1.3 ms of PCIe 4.0)
+_LETTER = 1024  # bytes in which a rank offers its memory to another
 _ALIGN = 16  # bytes; at which each of an expert's tensors begins in its record
 _SEAL = 16  # bytes behind them: a canary (which expert of which layer it is) and a checksum, int64 both
 
@@ -138,12 +141,17 @@ class Relocation:
         old rows --records--> staging buffer        checked; steps go on with the old rows
                               staging buffer --> rows, and the placement's tables      in stream order, at fixed addresses
 
+    Ranks speak through a group of their processes. On GPUs a rank copies what it is due out of the memory of the others, once they say
+    that it is there: no kernel waits for another rank. One that did would take multiprocessors from the steps, and hang them where two
+    ranks load a kernel or allocate just then, which waits for the device. Where ranks do not see each other's memory, and on CPUs,
+    experts go through the group.
+
     What was laid ready stays until it is committed, `drop` says that it will not be, or another is prepared; by then a step with it is
     through. All memory is taken once, when a rank's is measured: in mid-serving an allocation would make the device wait.
     """
 
     def __init__(self, along: Along, mixtures: Sequence[Mixture], *, most_layers: int, version: int = 0):
-        """`along`: ep, by a communicator of its own. `most_layers`: that one version changes."""
+        """`along`: ep, by a communicator of its own, between processes. `most_layers`: that one version changes."""
         self.version = version  # of the maps in force
         self._along, self._mixtures = along, mixtures
         self._records = [Records(mixture) for mixture in mixtures]
@@ -160,6 +168,7 @@ class Relocation:
         self._told_rows = torch.zeros(num_staged, dtype=torch.int64, pin_memory=on_gpu)
         table = placement.table(placement.map)
         self._tables = torch.zeros(self._most_layers, *table.shape, dtype=table.dtype, pin_memory=on_gpu)
+        self._sources: list[torch.Tensor] | None = None  # `_sent` of each place, where they are to be seen in this epoch
         self._stream = torch.cuda.Stream(self._device) if on_gpu else None
         self._busy = threading.Lock()  # who has the buffers: a thread of the epoch before may still be in `prepare`
 
@@ -169,22 +178,25 @@ class Relocation:
         staged = self._staged
         return staged.version if staged else 0
 
-    @torch.inference_mode()
-    def warm_up(self, limit_s: float, give_up: Callable[[], bool]) -> None:
-        """At the beginning of an epoch, before steps, by all ranks along ep: walk the whole way once, and leave every expert where it is.
-        The first time loads kernels and connects ranks, for which a GPU stands still: beside steps one of them took 1.1 s, and a kernel
-        more at the first move of several experts 67 ms (H100). LinkLost where another rank does not come, in time or before `give_up`
-        says so."""
+    def warm_up(self, limit_s: float, give_up: Callable[[], bool]) -> str:
+        """At the beginning of an epoch, before steps, by all ranks along ep: see each other's memory, and walk the whole way once, which
+        leaves every expert where it is. The first time loads kernels, for which a GPU stands still: beside steps one of them took 1.1 s,
+        and 67 ms more were lost when several experts moved at once for the first time (H100). LinkLost where another rank does not
+        come, in time or before `give_up` says so. How experts will go, in words; nothing on a CPU."""
         if self._stream is None:
-            return
-        if not self._busy.acquire(timeout=limit_s):
-            raise LinkLost(f"experts of the epoch before are still on their way after {limit_s:g} s")
-        try:
-            self._stream.wait_stream(torch.cuda.current_stream(self._device))  # maps may just have been put in force
-            with self._along.held() as group, self._aside():
-                self._walk(group, lambda: wait_for_device(self._device, limit_s, give_up))
-        finally:
-            self._busy.release()
+            return ""
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))  # maps may just have been put in force
+
+        def meet(_: Callable[[], bool]) -> str:
+            if not self._busy.acquire(timeout=limit_s):
+                raise LinkLost(f"experts of the epoch before are still on their way after {limit_s:g} s")
+            try:
+                with torch.inference_mode(), self._along.held() as group, self._aside():
+                    return self._meet(group)
+            finally:
+                self._busy.release()
+
+        return make_unless(give_up, meet)
 
     @torch.inference_mode()
     def prepare(self, version: int, maps: Mapping[int, np.ndarray]) -> int:
@@ -215,7 +227,8 @@ class Relocation:
         self.version, self._staged = version, None
 
     def drop(self) -> None:
-        self._staged = None
+        """Of an epoch that is over."""
+        self._staged = self._sources = None
 
     @contextlib.contextmanager
     def _aside(self) -> Iterator[None]:
@@ -226,18 +239,51 @@ class Relocation:
             return
         with torch.cuda.stream(self._stream):
             yield
-            self._stream.synchronize()
+            self._wait()
 
-    def _walk(self, group: Group, arrived: Callable[[], None]) -> None:
-        """What `prepare` and `commit` do, with experts that stay: a chunk for every rank, of those after it in turns, and a layer."""
+    def _meet(self, group: Group) -> str:
+        """Try to see the others' memory, and then whether what comes that way is what was sent."""
+        why = self._map(group)
+        if not why:
+            if _agree(group, self._along.size, not self._walk(group)):
+                return "experts are copied from GPU to GPU"
+            self._sources, why = None, "what came out of another's memory was not what was sent"
+        if spoilt := self._walk(group):
+            raise LinkLost(f"experts come spoilt by way of the hosts, too: {spoilt}")
+        return f"experts go by way of the hosts: {why}"
+
+    def _map(self, group: Group) -> str:
+        """See the memory that every rank sends from; or why not, for some rank."""
+        size, place = self._along.size, self._along.place
+        said = [msgspec.msgpack.encode(offer(self._sent, [other] if other != place else [])) for other in range(size)]
+        assert all(len(each) <= _LETTER - 4 for each in said), "a few handles of 64 bytes"
+        letters = b"".join((len(each).to_bytes(4, "little") + each).ljust(_LETTER, b"\0") for each in said)
+        came = group.all_to_all(torch.frombuffer(bytearray(letters), dtype=torch.uint8).view(size, _LETTER), [1] * size, [1] * size)
+        sources, why = [self._sent] * size, ""
+        for other, letter in enumerate(bytes(row.tolist()) for row in came):
+            if other != place:
+                offered = msgspec.msgpack.decode(letter[4 : 4 + int.from_bytes(letter[:4], "little")])
+                try:
+                    sources[other] = mapped(offered, place, self._device).view(self._sent.shape)
+                except (RuntimeError, ValueError) as error:
+                    why = str(error).splitlines()[0]
+        if not _agree(group, size, not why):
+            return why or "another rank cannot"
+        self._sources = sources
+        return ""
+
+    def _walk(self, group: Group) -> list[Move]:
+        """What `prepare` and `commit` do, with experts that stay: a chunk for every rank, of those after it in turns, and a layer. What
+        came spoilt."""
         size, n, placement = self._along.size, self._slots_per_rank, self._mixtures[0].placement
         rows = list(range(min(n, self._chunk)))
         slots = [(target, (target + 1 + row % (size - 1)) % size * n + row) for target in range(size) for row in rows]
         moves = [Move(0, int(placement.map[slot]), slot, target * n + slot % n) for target, slot in slots]
-        self._exchange(group, moves, {move: move.target % n for move in moves}, arrived)
+        _, spoilt = self._exchange(group, moves, {move: move.target % n for move in moves})
         for row in rows:
             self._records[0].write(row, self._buffer[row])
         self._put(self._lay(0, 0, placement.map, 0, rows), placement.version)
+        return spoilt
 
     def _stage(self, group: Group, maps: Mapping[int, np.ndarray]) -> tuple[list[_Layer], int, list[Move]]:
         """Layers that are ready, bytes that came from other ranks, and of what came that which was spoilt."""
@@ -269,43 +315,55 @@ class Relocation:
         self._records[layer.number].read(layer.records, layer.rows)
         self._mixtures[layer.number].placement.rewrite(layer.map, version, layer.table)
 
-    def _exchange(
-        self, group: Group, moves: list[Move], places: Mapping[Move, int], arrived: Callable[[], None] = lambda: None
-    ) -> tuple[int, list[Move]]:
+    def _exchange(self, group: Group, moves: list[Move], places: Mapping[Move, int]) -> tuple[int, list[Move]]:
         """In chunks that all ranks cut alike: a rank's n-th expert comes in chunk n // self._chunk. A chunk that came spoilt does not end
-        it, since others wait for the next. Bytes that came, and what was spoilt. `arrived` waits for a chunk in a way of its own."""
-        place, chunks = self._along.place, dict[int, list[Move]]()
+        it, since others wait for the next. Bytes that came, and what was spoilt."""
+        chunks: dict[int, list[Move]] = {}
         counts = [0] * self._along.size
         for move in moves:
             target = self._rank_of(move.target)
             if self._rank_of(move.source) != target:
                 chunks.setdefault(counts[target] // self._chunk, []).append(move)
                 counts[target] += 1
-        spoilt: list[Move] = []
-        for _, chunk in sorted(chunks.items()):
-            sent = sorted((move for move in chunk if self._rank_of(move.source) == place), key=lambda move: self._rank_of(move.target))
-            due = sorted((move for move in chunk if self._rank_of(move.target) == place), key=lambda move: self._rank_of(move.source))
-            spoilt += self._pass(group, sent, due, places, arrived)
-        return counts[place] * self._buffer.shape[1], spoilt
+        spoilt = [move for _, chunk in sorted(chunks.items()) for move in self._pass(group, chunk, places)]
+        return counts[self._along.place] * self._buffer.shape[1], spoilt
 
-    def _pass(self, group: Group, sent: list[Move], due: list[Move], places: Mapping[Move, int], arrived: Callable[[], None]) -> list[Move]:
-        """One chunk, `sent` by target and `due` by source. What came spoilt."""
+    def _pass(self, group: Group, chunk: list[Move], places: Mapping[Move, int]) -> list[Move]:
+        """One chunk; what of it came spoilt."""
+        place, counts = self._along.place, np.zeros((self._along.size, self._along.size), int)
+        for move in chunk:
+            counts[self._rank_of(move.source), self._rank_of(move.target)] += 1
+        sent = sorted((move for move in chunk if self._rank_of(move.source) == place), key=lambda move: self._rank_of(move.target))
+        due = sorted((move for move in chunk if self._rank_of(move.target) == place), key=lambda move: self._rank_of(move.source))
         out, came = self._sent[: len(sent)], self._came[: len(due)]
         for move, record in zip(sent, out, strict=True):
             self._write(move, record)
         if sent:
             self._seals.put(out, [_canary(move) for move in sent])
-        ranks = range(self._along.size)
-        going = [sum(self._rank_of(move.target) == rank for move in sent) for rank in ranks]
-        coming = [sum(self._rank_of(move.source) == rank for move in due) for rank in ranks]
-        group.all_to_all(out, going, coming, came)
-        arrived()
-        if not due:
-            return []
+        self._carry(group, out, came, counts)
         for move, record in zip(due, came, strict=True):
             self._buffer[places[move]] = record
-        spoilt = self._seals.spoilt(came, [_canary(move) for move in due])
+        spoilt = self._seals.spoilt(came, [_canary(move) for move in due]) if due else []
         return [move for move, bad in zip(due, spoilt, strict=True) if bad]
+
+    def _carry(self, group: Group, out: torch.Tensor, came: torch.Tensor, counts: np.ndarray) -> None:
+        """Records `out` by target, `came` by source; counts [source, target]."""
+        place, sources = self._along.place, self._sources
+        if sources is None:
+            came.copy_(group.all_to_all(out.cpu(), counts[place].tolist(), counts[:, place].tolist()))
+            return
+        self._wait()
+        _agree(group, len(counts), True)  # all that is sent is there
+        at = 0
+        for source, first, n in zip(sources, counts[:, :place].sum(axis=1), counts[:, place], strict=True):
+            came[at : at + n] = source[first : first + n]
+            at += n
+        self._wait()
+        _agree(group, len(counts), True)  # and may be overwritten
+
+    def _wait(self) -> None:
+        if self._stream is not None:
+            self._stream.synchronize()
 
     def _write(self, move: Move, record: torch.Tensor) -> None:
         self._records[move.layer].write(move.source % self._slots_per_rank, record)
@@ -319,3 +377,8 @@ class Relocation:
 
 def _canary(move: Move) -> int:
     return (move.layer + 1) << 32 | move.expert
+
+
+def _agree(group: Group, size: int, said: bool) -> bool:
+    """Whether all of the group's processes say so; none goes on before all have come here."""
+    return bool(group.all_to_all(torch.full((size, 1), said, dtype=torch.uint8), [1] * size, [1] * size).all())

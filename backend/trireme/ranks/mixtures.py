@@ -62,11 +62,11 @@ class Mixtures:
         if self._relocation is not None:
             self._relocation.drop()
 
-    def begin(self, give_up: Callable[[], bool]) -> None:
-        """An epoch. LinkLost where other ranks of the stage do not come, or `give_up` says so."""
+    def begin(self, give_up: Callable[[], bool]) -> str:
+        """An epoch: how experts will go from rank to rank, in words, if there is anything to say. LinkLost where other ranks of the stage
+        do not come, or `give_up` says so."""
         self.forget()
-        if self._relocation is not None:
-            self._relocation.warm_up(self._limit_s, give_up)
+        return self._relocation.warm_up(self._limit_s, give_up) if self._relocation is not None else ""
 
     def forget(self) -> None:
         """What was counted, and chosen, before."""
