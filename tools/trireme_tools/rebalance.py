@@ -54,17 +54,16 @@ def bench(
     if bounds:
         runs["still"] = override(settings, {"eplb": {"min_gain": 1.0, "num_redundant_experts": 0}})
         runs["even"] = override(runs["still"], {"eplb": {"dispatch": "fake"}})
-    reports, steps = {}, {}
-    for name, each in runs.items():
-        reports[name], steps[name] = _run(name, each, batch, input_len, output_len)
-    report = {"batch": batch, "input_len": input_len, "output_len": output_len, **reports}
+    reports, steps, picture, console = {}, {}, output.with_suffix(".png"), Console()
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(report, indent=1) + "\n")
-    console = Console()
+    for name, each in runs.items():
+        reports[name], stages = _run(name, each, batch, input_len, output_len)
+        steps |= {f"{name}, stage {at}": stage for at, stage in enumerate(stages)}
+        report = {"batch": batch, "input_len": input_len, "output_len": output_len, **reports}
+        output.write_text(json.dumps(report, indent=1) + "\n")
+        plot_steps(steps, _LONG, picture)
+        _show_longest(console, name, reports[name])
     _show(console, reports)
-    _show_longest(console, reports)
-    picture = output.with_suffix(".png")
-    plot_steps({f"{name}, stage {at}": stage for name, stages in steps.items() for at, stage in enumerate(stages)}, _LONG, picture)
     console.print(f"written: {output}, {picture}")
 
 
@@ -190,15 +189,14 @@ def _show(console: Console, reports: dict[str, dict[str, Any]]) -> None:
     console.print(table)
 
 
-def _show_longest(console: Console, reports: dict[str, dict[str, Any]]) -> None:
-    """Which steps those are, of which run, and what of them took longer."""
-    for name, report in reports.items():
-        for at, stage in enumerate(report["stages"]):
-            for part, steps in stage["longest"].items():
-                console.print(f"longest steps of {name}, stage {at}, {part.replace('_', ' ')}:")
-                for step in steps:
-                    where = "" if step["after_offer"] is None else f", {step['after_offer']} after an offer"
-                    where += ", puts maps in force" if step["commits"] else ""
-                    times = f"{step['ms']:.1f} ms, {step['over_neighbours']:.2f} x its neighbours"
-                    ways = f"device {step['device_ms']:.1f}, waiting {step['waiting_ms']:.1f}; longer in {step['longer_in']}"
-                    console.print(f"  step {step['step']}{where}: {times}; {ways}", soft_wrap=True)
+def _show_longest(console: Console, name: str, report: dict[str, Any]) -> None:
+    """Of one run: which steps those are, and what of them took longer."""
+    for at, stage in enumerate(report["stages"]):
+        for part, steps in stage["longest"].items():
+            console.print(f"longest steps of {name}, stage {at}, {part.replace('_', ' ')}:")
+            for step in steps:
+                where = "" if step["after_offer"] is None else f", {step['after_offer']} after an offer"
+                where += ", puts maps in force" if step["commits"] else ""
+                times = f"{step['ms']:.1f} ms, {step['over_neighbours']:.2f} x its neighbours"
+                ways = f"device {step['device_ms']:.1f}, waiting {step['waiting_ms']:.1f}; longer in {step['longer_in']}"
+                console.print(f"  step {step['step']}{where}: {times}; {ways}", soft_wrap=True)
