@@ -152,9 +152,12 @@ def relocated(place: int, store: Any, epoch: int, device: torch.device) -> tuple
         mixtures.append(Mixture(placement, [weight]))
     steps, relocation = collectives.along("tp"), Relocation(collectives.along("ep", use="eplb"), mixtures, most_layers=4)
     collectives.begin(
-        {span: form_group(store, epoch, collectives.mesh.name_of(span), place, 2, LIMIT_S, device) for span in collectives.spans}
+        {
+            span: form_group(store, epoch, collectives.mesh.name_of(span), place, 2, LIMIT_S, torch.device("cpu") if span.use else device)
+            for span in collectives.spans
+        }
     )
-    relocation.warm_up(LIMIT_S, lambda: False)
+    print(f"rank {place}: {relocation.warm_up(LIMIT_S, lambda: False)}")
     sys.setswitchinterval(0.0002)  # as ranks do
     x, draw = torch.ones(256, 2048, device=device), np.random.default_rng(0)
     holds, num_steps, longest = True, 0, 0.0

@@ -154,6 +154,58 @@ def test_spoilt_bytes_are_named_and_dropped(monkeypatch, at: int):
     stage.check(before | maps)
 
 
+@pytest.mark.parametrize("way", ["copied", "hosts", "wrong"])
+@pytest.mark.parametrize("plan", PLANS)
+def test_the_way_is_walked_and_every_expert_stays(plan: str, way: str):
+    """All that a warm-up does on a GPU, and then goes by. Memory that shows other bytes to one rank is given up by all of a group."""
+    stage, rng = Stage(PLANS[plan], num_redundant=4), np.random.default_rng(0)
+    stage.prepare(1, {1: np.roll(stage.maps[1], 6)})
+    for relocation in stage.relocations:
+        relocation.commit(1)
+    maps = stage.maps
+
+    def walk(rank: int) -> str:
+        relocation, span = stage.relocations[rank], stage.collectives[rank].mesh.spans["ep"]
+
+        def see(_) -> str:
+            relocation._sources = [stage.relocations[member]._sent for member in span.members(rank)]
+            if way == "wrong" and relocation._along.place == 1:
+                relocation._sources[0] = torch.ones_like(relocation._sent)
+            return ""
+
+        if way != "hosts":
+            relocation._map = see  # pyright: ignore[reportAttributeAccessIssue]
+        with relocation._along.held() as group:
+            return relocation._meet(group)
+
+    told = set(on_every_rank(stage.plan.ranks, walk, stage.boards))
+    wrong, unseen = "what came out of another's memory was not what was sent", "memory cannot be shared"
+    by = {
+        "copied": "experts are copied",
+        "hosts": f"experts go by way of the hosts: {unseen}",
+        "wrong": f"experts go by way of the hosts: {wrong}",
+    }
+    assert len(told) == 1 and told.pop().startswith(by[way])
+    stage.check(maps)
+    for version in range(2, 5):
+        new = {layer: legal_map(rng, stage.num_slots) for layer in range(LAYERS)}
+        assert sum(stage.prepare(version, new)) > 0
+        for relocation in stage.relocations:
+            relocation.commit(version)
+        stage.check(new)
+
+
+def test_large_experts_go_one_at_a_time(monkeypatch):
+    monkeypatch.setattr("trireme.parallel.relocation._CHUNK_BYTES", 100)  # of 64 bytes each
+    stage = Stage(PLANS["ep2"])
+    before, swap = stage.maps, np.roll(np.arange(EXPERTS), EXPERTS // 2).astype(np.int32)
+    stage.prepare(1, {0: swap})
+    assert [len(traffic.calls) for traffic in stage.boards.traffic.values()] == [4, 4]
+    for relocation in stage.relocations:
+        relocation.commit(1)
+    stage.check(before | {0: swap})
+
+
 def test_maps_that_fit_nothing_are_refused():
     stage = Stage(PLANS["ep2"], most_layers=1)
     lacking, whole = np.zeros(EXPERTS, np.int32), np.arange(EXPERTS, dtype=np.int32)
@@ -165,7 +217,7 @@ def test_maps_that_fit_nothing_are_refused():
 def test_a_rank_that_fails_frees_the_others_and_prepares_nothing_more_in_this_epoch(monkeypatch):
     stage = Stage(PLANS["ep2"])
     maps = {0: np.roll(stage.maps[0], 4)}
-    monkeypatch.setattr(stage.relocations[1], "_write", lambda move, record: 1 / 0)
+    monkeypatch.setattr(stage.relocations[1], "_write", lambda move, record: 1 / 0)  # also of what stays on the rank
     with pytest.raises(ZeroDivisionError):
         stage.prepare(1, maps)
     with pytest.raises(LinkLost):  # its group is gone, those of the steps are not

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import queue
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -102,15 +103,47 @@ def test_ranks_find_out_where_sequence_parallelism_pays(pool, truths):
         assert_same_tokens(folder, PROMPTS, tokens_of(engine, requests()), greedy)
 
 
-@pytest.mark.parametrize("plan", ["tp2 ep2", "tp2 ep2 dispatched"])
-def test_maps_that_change_change_no_token(pool, truths, plan):
-    folder, greedy = truths["qwen3_moe"]
-    eplb = {"num_redundant_experts": 4, "count_every": 5, "layers_per_step": 2}
-    service = Wanderer(4, 2)
-    with serving(settings(folder, plan, eplb=eplb), pool, service) as (engine, _):
+EPLB = {"num_redundant_experts": 4, "count_every": 5, "layers_per_step": 2}
+
+
+@pytest.mark.parametrize(
+    ("family", "plan"),
+    [
+        ("qwen3_moe", "tp2 ep2"),
+        ("qwen3_moe", "tp2 ep2 dispatched"),
+        ("qwen3_moe", "cp2 ep2"),
+        ("qwen3_moe", "tp4 ep2"),
+        ("qwen3_moe", "pp2 tp2 ep2"),
+        ("qwen3_5_moe", "tp2 ep2 mtp1"),
+    ],
+)
+def test_maps_that_change_change_no_token(pool, truths, family, plan):
+    folder, greedy = truths[family]
+    made, service = settings(folder, plan, eplb=EPLB), Wanderer(4, 2)
+    needs(made)
+    with serving(made, pool, service) as (engine, _):
         for turn in range(3):
             assert_same_tokens(folder, PROMPTS, tokens_of(engine, requests(turn)), greedy)
-    assert service.commits[0] >= 4 and not service.faults
+        assert engine.stats.epochs == 1
+    assert min(service.commits[: made.num_stages]) >= 4 and not service.faults
+
+
+def test_a_rank_that_dies_in_mid_rebalance_changes_no_token(pool, truths):
+    """At an offer, three times: at once, and while experts are on their way."""
+    folder, greedy = truths["qwen3_moe"]
+    service, delays = Wanderer(4, 2), iter([0.0, 0.002, 0.01])
+    with serving(settings(folder, "tp2 ep2", eplb=EPLB), pool, service) as (engine, stages):
+
+        def kill() -> None:
+            if service.commits[0] >= 1 and (delay := next(delays, None)) is not None:
+                victim = states_of(stages)[0].ranks[1].pid
+                threading.Timer(delay, os.kill, (victim, signal.SIGKILL)).start()
+
+        service.before_offer = kill
+        for turn in range(4):
+            assert_same_tokens(folder, PROMPTS, tokens_of(engine, requests(turn)), greedy)
+            service.commits = [0, 0]
+        assert sum(state.restarts for state in states_of(stages)) >= 1
 
 
 @pytest.mark.parametrize(("family", "plan"), [("qwen3", "tp2"), ("qwen3_moe", "tp2 ep2"), ("qwen3_5_moe", "pp2 mtp3")])

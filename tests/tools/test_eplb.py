@@ -17,8 +17,9 @@ from trireme.engine.balancer import Balancer, StageExperts
 from trireme.engine.eplb_file import Origin
 from trireme.engine.placing import Slots
 from trireme_tools.cli import build
+from trireme_tools.plots import plot_steps
 from trireme_tools.rebalance import steps_around_moves
-from trireme_tools.timeline import Bar
+from trireme_tools.timeline import Bar, steps_of
 
 SLOTS = Slots(num_experts=64, num_slots=80, num_ranks=4)
 LOADS = (1e6 / np.arange(1, 65)).astype(np.int32)
@@ -127,18 +128,33 @@ class _server:
         self._server.server_close()
 
 
-def test_steps_around_moves():
-    """100 decodes of 8 rows after a prefill; step 50 puts maps in force and takes twice as long, those after it are faster."""
+def test_steps_around_moves(tmp_path):
+    """100 decodes of 8 rows after a prefill. Experts that are offered at step 40 are in force with step 50, which takes twice as long,
+    and steps after it are faster; of a drill before, all is dropped. Step 20 is launched late, and that of step 80 is told late."""
     bars, ended = [Bar(0, 0, 0, 64, 0.0, 0.0, 0.5)], 0.5
     for number in range(1, 101):
         took = 0.010 if number < 50 else 0.020 if number == 50 else 0.008
-        bars.append(Bar(0, number, 0, 8, ended, 0.0, took, 0.004 if number == 50 else 0.0))
-        ended += took
-    history = [{"reason": "self-test", "step": 20}, {"reason": "balance", "step": 55, "received": 3, "moved_bytes": 12}]
-    seen = steps_around_moves(bars, 8, history)
+        late, told = 0.004 if number == 20 else 0.0, 0.002 if number == 80 else 0.0
+        bars.append(Bar(0, number, 0, 8, ended + late + told, 0.0, took, 0.004 if number == 50 else 0.0, late))
+        ended += took + late
+    history = [
+        {"reason": "fault", "offered": 4, "step": 8, "fault": "came spoilt"},
+        {"reason": "balance", "offered": 40, "step": 55, "received": 3, "moved_bytes": 12},
+    ]
+    steps = steps_of(bars, 8, history)
+    assert steps.moving == [(4, 12), (40, 54)]
+    assert steps.number[steps.near].tolist() == [*range(4, 13), *range(40, 55)]
+    seen = steps_around_moves(steps, history)
     figures = ("steps", "commits", "moves", "received_experts", "moved_bytes", "step_ms_before", "step_ms_after", "stalled_ms")
     assert [round(seen[name], 6) for name in figures] == [99, 1, 1, 3, 12, 10, 8, 4]
     assert round(seen["longest_over_neighbours_near_moves"], 2) == 2.22  # 20 over the median of eight 10s and eight 8s
-    assert seen["longest"][0]["step"] == 50 and seen["longest_over_neighbours_elsewhere"] < 1.5
+    assert round(seen["longest_over_neighbours_elsewhere"], 2) == 1.4 and seen["faults"] == ["came spoilt"]
+    assert (seen["steps_over_1.5_near_moves"], seen["steps_over_1.5_elsewhere"]) == (1, 0)
+    long, late, told = seen["longest"]["near_moves"][0], *seen["longest"]["elsewhere"][:2]
+    assert (long["step"], long["after_offer"], long["commits"], long["longer_in"]) == (50, 10, True, "device")
+    assert (late["step"], late["after_offer"], late["commits"], late["longer_in"]) == (20, None, False, "waiting")
+    assert (told["step"], told["longer_in"]) == (80, "telling")
+    plot_steps({"moving, stage 0": steps, "still, stage 0": steps._replace(moving=[])}, 1.5, tmp_path / "steps.png")
+    assert (tmp_path / "steps.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(Refusal, match="too few decode steps"):
-        steps_around_moves(bars[:20], 8, history)
+        steps_around_moves(steps_of(bars[:20], 8, history), history)

@@ -1,4 +1,4 @@
-"""Pictures: a load as the client saw it, prefill by prompt length, steps as bars, and the loads of ranks. Measures nothing."""
+"""Pictures: a load as the client saw it, prefill by prompt length, steps as bars and one by one, loads of ranks. Measures nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from trireme_tools.load import Record
-from trireme_tools.timeline import Bar
+from trireme_tools.timeline import Bar, Steps
 
 _INK, _ACCENT, _PALE = "#22313f", "#2a7ab9", "#d9e2ec"
 
@@ -124,4 +124,26 @@ def plot_heat(panels: Mapping[str, np.ndarray], names: Sequence[str], path: Path
             axes.text(rank, layer, f"{loads[layer, rank]:.2f}", ha="center", va="center", fontsize=7, color="white" if dark else _INK)
     every[0].set_ylabel("layer")
     figure.colorbar(image, ax=every, label="load / mean of the layer's ranks")
+    figure.savefig(path, dpi=120)
+
+
+def plot_steps(runs: Mapping[str, Steps], long: float, path: Path) -> None:
+    """Every step's time over a run, a panel each, all in one scale: shaded while experts move, commits marked, and a line at `long`
+    times the median. What is beyond the scale stands at its edge, with its time."""
+    usual = float(np.median(np.concatenate([steps.took for steps in runs.values()])))
+    top = 2.5 * usual
+    figure = Figure(figsize=(13, 2.4 * len(runs) + 0.6), layout="constrained")
+    every = figure.subplots(len(runs), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    for axes, (title, steps) in zip(every, runs.items(), strict=True):
+        for at, (first, last) in enumerate(steps.moving):
+            axes.axvspan(first, last, color=_PALE, linewidth=0, label="experts move" if not at else None)
+        commits = steps.number[steps.stalled > 0]
+        axes.plot(commits, np.zeros(len(commits)), "|", color=_INK, markersize=12, label="maps in force")
+        axes.plot(steps.number, np.minimum(steps.took, top), ".", color=_ACCENT, markersize=3)
+        axes.axhline(long * np.median(steps.took), color=_INK, linewidth=0.7, linestyle=":", label=f"{long:g} x the median")
+        for at in np.flatnonzero(steps.took > top):
+            axes.annotate(f"{steps.took[at]:.0f} ms", (steps.number[at], top), textcoords="offset points", xytext=(4, -8), fontsize=7)
+        axes.set(title=title, ylabel="ms of a step", ylim=(0, 1.05 * top))
+    every[0].legend(fontsize=7, loc="upper right", ncols=3)
+    every[-1].set_xlabel("step")
     figure.savefig(path, dpi=120)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,14 +19,16 @@ from trireme.engine.eplb_file import read
 from trireme.engine.placing import Slots, balance, trivial
 from trireme.models.spec import read_spec
 from trireme_tools.offline import measure
+from trireme_tools.plots import plot_steps
 from trireme_tools.progress import progress_bar
 from trireme_tools.serve import settings_of
 from trireme_tools.settings_options import override, settings_options
-from trireme_tools.timeline import Bar, read_bars
+from trireme_tools.timeline import Steps, read_bars, steps_of
 from trireme_tools.workload import make_workload
 
 _NEIGHBOURS = 8  # steps on each side that a step is held against
-_NEAR = 4  # steps from one that put maps in force: still of the rebalance
+_LONG = 1.5  # times as long as its neighbours: what no step near a move should be
+_NAMED = 3  # longest steps that a report names, near moves and elsewhere
 
 
 @settings_options
@@ -40,7 +41,9 @@ def bench(
     bounds: Annotated[
         bool, typer.Option(help="Run also with no copies and no moves and, for the bound, so with a router that is even.")
     ] = True,
-    output: Annotated[Path, typer.Option(help="Where to write NAME.json.")] = Path("build/eplb/bench.json"),
+    output: Annotated[Path, typer.Option(help="Where to write the report, and beside it NAME.png: every step's time.")] = Path(
+        "build/eplb/bench.json"
+    ),
     chosen: dict[str, Any],
 ) -> None:
     """Time decode steps before, while and after experts move. With dummy weights say --eplb-dispatch skewed, else loads are even."""
@@ -51,15 +54,20 @@ def bench(
     if bounds:
         runs["still"] = override(settings, {"eplb": {"min_gain": 1.0, "num_redundant_experts": 0}})
         runs["even"] = override(runs["still"], {"eplb": {"dispatch": "fake"}})
-    reports = {name: _run(name, each, batch, input_len, output_len) for name, each in runs.items()}
-    report = {"batch": batch, "input_len": input_len, "output_len": output_len, **reports}
+    reports, steps, picture, console = {}, {}, output.with_suffix(".png"), Console()
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(report, indent=1) + "\n")
-    _show(Console(), reports)
-    Console().print(f"written: {output}")
+    for name, each in runs.items():
+        reports[name], stages = _run(name, each, batch, input_len, output_len)
+        steps |= {f"{name}, stage {at}": stage for at, stage in enumerate(stages)}
+        report = {"batch": batch, "input_len": input_len, "output_len": output_len, **reports}
+        output.write_text(json.dumps(report, indent=1) + "\n")
+        plot_steps(steps, _LONG, picture)
+        _show_longest(console, name, reports[name])
+    _show(console, reports)
+    console.print(f"written: {output}, {picture}")
 
 
-def _run(name: str, settings: Settings, batch: int, input_len: int, output_len: int) -> dict[str, Any]:
+def _run(name: str, settings: Settings, batch: int, input_len: int, output_len: int) -> tuple[dict[str, Any], list[Steps]]:
     assert settings.eplb is not None, "checked"
     vocab_size = read_spec(Path(settings.model)).vocab_size
     with tempfile.TemporaryDirectory(prefix="trireme-eplb-") as folder:
@@ -72,55 +80,66 @@ def _run(name: str, settings: Settings, batch: int, input_len: int, output_len: 
         events = json.loads((state / "eplb.json").read_text())
         balances = _balances(state / "eplb.safetensors", settings.expert_parallel_size)
         bars = read_bars(trace.read_text().splitlines())
-    stages = [
-        steps_around_moves([bar for bar in bars if bar.stage == stage], batch, history) | balances[stage]
-        for stage, history in enumerate(events)
-    ]
-    return {"output_tokens_per_s": batch * output_len / seconds, "stages": stages}
+    steps = [steps_of([bar for bar in bars if bar.stage == stage], batch, history) for stage, history in enumerate(events)]
+    stages = [steps_around_moves(each, history) | balances[stage] for stage, (each, history) in enumerate(zip(steps, events, strict=True))]
+    return {"output_tokens_per_s": batch * output_len / seconds, "stages": stages}, steps
 
 
-def steps_around_moves(bars: Sequence[Bar], batch: int, history: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Of one stage's steps, the decodes of `batch` sequences: medians before the first balancing move and after the last, what
-    commits stalled, and the step that is longest for its neighbours, near commits and elsewhere. Milliseconds. A step takes from
-    the end of the one before to its own."""
-    bars = sorted(bars, key=lambda bar: (bar.epoch, bar.number))
-    pairs = [(before, bar) for before, bar in pairwise(bars) if before.rows == bar.rows == batch]
-    if len(pairs) < 4 * _NEIGHBOURS:
-        why = f"{len(pairs)} steps decoded {batch} sequences each"
+def steps_around_moves(steps: Steps, history: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Medians before the first balancing move and after the last, what commits stalled, and the steps that are longest for their
+    neighbours, while experts moved and elsewhere. Milliseconds."""
+    balancing = [event for event in history if event["reason"] == "balance"]
+    before = steps.number < (balancing[0]["offered"] if balancing else np.inf)
+    after = steps.number > (balancing[-1]["step"] if balancing else np.inf)
+    if len(steps.number) < 4 * _NEIGHBOURS:
+        why = f"{len(steps.number)} steps decoded all sequences"
         raise Refusal("too few decode steps", why=why, fix="raise --output-len, and give max_num_seqs and steps room for the batch")
-    numbers = np.array([bar.number for _, bar in pairs])
-    took = np.array([bar.ended - before.ended for before, bar in pairs]) * 1e3
-    busy = np.array([bar.busy for _, bar in pairs]) * 1e3
-    stalled = np.array([bar.stalled for _, bar in pairs]) * 1e3
-    commits = numbers[stalled > 0]
-    # the service hears of a move with the next push: the move itself is the last commit before that
-    heard = [event["step"] for event in history if event["reason"] == "balance"]
-    moved = [int(commits[commits <= step].max()) for step in heard if (commits <= step).any()]
-    near = np.array([bool(len(commits)) and np.abs(commits - number).min() <= _NEAR for number in numbers])
-    ratios = _over_neighbours(took)
-    before = took[numbers < min(moved)] if moved else took
-    after = took[numbers > max(moved)] if moved else took[:0]
-    longest = np.argsort(-ratios)[:5]
+    over, near = _over_neighbours(steps.took), steps.near
+    parts = {"near_moves": near, "elsewhere": ~near}
     return {
-        "steps": len(took),
-        "commits": len(commits),
-        "moves": len(heard),
-        "received_experts": sum(event["received"] for event in history if event["reason"] == "balance"),
+        "steps": len(steps.number),
+        "commits": int((steps.stalled > 0).sum()),
+        "moves": len(balancing),
+        "received_experts": sum(event["received"] for event in balancing),
         "moved_bytes": sum(event.get("moved_bytes", 0) for event in history),
-        "step_ms_before": _median(before),
-        "step_ms_after": _median(after),
-        "busy_ms_before": _median(busy[numbers < min(moved)] if moved else busy),
-        "busy_ms_after": _median(busy[numbers > max(moved)] if moved else busy[:0]),
-        "stalled_ms": float(stalled.sum()),
-        "stalled_ms_longest": float(stalled.max()),
-        "longest_over_neighbours_near_moves": float(ratios[near].max()) if near.any() else None,
-        "longest_over_neighbours_elsewhere": float(ratios[~near].max()) if (~near).any() else None,
-        "longest": [
-            {"step": int(numbers[at]), "ms": float(took[at]), "over_neighbours": float(ratios[at]), "near": bool(near[at])}
-            for at in longest
-        ],
+        "step_ms_before": _median(steps.took[before]),
+        "step_ms_after": _median(steps.took[after]),
+        "busy_ms_before": _median(steps.device[before]),
+        "busy_ms_after": _median(steps.device[after]),
+        "stalled_ms": float(steps.stalled.sum()),
+        "stalled_ms_longest": float(steps.stalled.max()),
+        **{f"steps_{name}": int(part.sum()) for name, part in parts.items()},
+        **{f"steps_over_{_LONG}_{name}": int((over[part] > _LONG).sum()) for name, part in parts.items()},
+        **{f"longest_over_neighbours_{name}": float(over[part].max()) if part.any() else None for name, part in parts.items()},
+        "longest": {name: _longest(steps, over, part) for name, part in parts.items()},
         "faults": [event["fault"] for event in history if event["reason"] == "fault"],
     }
+
+
+def _longest(steps: Steps, over: np.ndarray, part: np.ndarray) -> list[dict[str, Any]]:
+    """The steps of a part that are longest for their neighbours, and what of each was longest for its neighbours': `device`, from its
+    first launch to its last kernel's end, other ranks waited for too; `waiting`, until it was launched; `telling`, until its rank's
+    host knew of its end."""
+    ways = {"device": steps.device, "waiting": steps.waiting, "telling": steps.took - steps.device - steps.waiting}
+    found = []
+    for at in [at for at in np.argsort(-over).tolist() if part[at]][:_NAMED]:
+        number = int(steps.number[at])
+        more = {name: values[at] - np.median(_around(values, at)) for name, values in ways.items()}
+        since = [number - first for first, last in steps.moving if first <= number <= last]
+        found.append(
+            {
+                "step": number,
+                "after_offer": since[-1] if since else None,
+                "commits": bool(steps.stalled[at] > 0),
+                "ms": float(steps.took[at]),
+                "neighbours_ms": float(steps.took[at] / over[at]),
+                "over_neighbours": float(over[at]),
+                "device_ms": float(steps.device[at]),
+                "waiting_ms": float(steps.waiting[at]),
+                "longer_in": max(more, key=more.__getitem__),
+            }
+        )
+    return found
 
 
 def _over_neighbours(took: np.ndarray) -> np.ndarray:
@@ -129,11 +148,11 @@ def _over_neighbours(took: np.ndarray) -> np.ndarray:
     >>> _over_neighbours(np.array([1.0, 1, 3, 1, 1])).tolist()
     [1.0, 1.0, 3.0, 1.0, 1.0]
     """
-    found = np.empty(len(took))
-    for at in range(len(took)):
-        around = np.concatenate([took[max(0, at - _NEIGHBOURS) : at], took[at + 1 : at + 1 + _NEIGHBOURS]])
-        found[at] = took[at] / np.median(around)
-    return found
+    return np.array([each / np.median(_around(took, at)) for at, each in enumerate(took)])
+
+
+def _around(values: np.ndarray, at: int) -> np.ndarray:
+    return np.concatenate([values[max(0, at - _NEIGHBOURS) : at], values[at + 1 : at + 1 + _NEIGHBOURS]])
 
 
 def _median(values: np.ndarray) -> float | None:
@@ -158,7 +177,8 @@ def _balances(path: Path, num_ranks: int) -> list[dict[str, float]]:
 def _show(console: Console, reports: dict[str, dict[str, Any]]) -> None:
     rows = ("step_ms_before", "step_ms_after", "busy_ms_before", "busy_ms_after", "balance_plain", "balance_end", "commits", "moves")
     rows += ("received_experts", "stalled_ms", "stalled_ms_longest")
-    rows += ("longest_over_neighbours_near_moves", "longest_over_neighbours_elsewhere")
+    for part in ("near_moves", "elsewhere"):
+        rows += (f"steps_{part}", f"steps_over_{_LONG}_{part}", f"longest_over_neighbours_{part}")
     columns = [(f"{name}, stage {at}", stage) for name, report in reports.items() for at, stage in enumerate(report["stages"])]
     table = Table("", *(title for title, _ in columns))
     for row in rows:
@@ -167,3 +187,16 @@ def _show(console: Console, reports: dict[str, dict[str, Any]]) -> None:
             row.replace("_", " "), *("" if cell is None else f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in cells)
         )
     console.print(table)
+
+
+def _show_longest(console: Console, name: str, report: dict[str, Any]) -> None:
+    """Of one run: which steps those are, and what of them took longer."""
+    for at, stage in enumerate(report["stages"]):
+        for part, steps in stage["longest"].items():
+            console.print(f"longest steps of {name}, stage {at}, {part.replace('_', ' ')}:")
+            for step in steps:
+                where = "" if step["after_offer"] is None else f", {step['after_offer']} after an offer"
+                where += ", puts maps in force" if step["commits"] else ""
+                times = f"{step['ms']:.1f} ms, {step['over_neighbours']:.2f} x its neighbours"
+                ways = f"device {step['device_ms']:.1f}, waiting {step['waiting_ms']:.1f}; longer in {step['longer_in']}"
+                console.print(f"  step {step['step']}{where}: {times}; {ways}", soft_wrap=True)

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from trireme.core.refusal import Refusal
+
+_NEAR = 4  # steps after one that put maps of experts in force: still of the move
 
 
 class Bar(NamedTuple):
@@ -20,6 +25,7 @@ class Bar(NamedTuple):
     receiving: float
     busy: float
     stalled: float = 0.0  # of `busy`: until new expert maps were in force
+    waiting: float = 0.0  # for the step to come, from the end of the one before
 
     @property
     def ended(self) -> float:
@@ -37,6 +43,45 @@ def read_bars(lines: Iterable[str]) -> list[Bar]:
     if not bars:
         raise Refusal("the trace is empty", why="no step was computed", fix="send requests while step_trace is set")
     return sorted(bars, key=lambda bar: bar.began)
+
+
+class Steps(NamedTuple):
+    """One stage's decodes of all sequences, in order. Milliseconds [N]; a step takes from the end of the one before to its own, both
+    as its rank tells them."""
+
+    number: np.ndarray
+    took: np.ndarray
+    device: np.ndarray  # of that, from its first launch until its last kernel's end
+    waiting: np.ndarray  # in which the device had nothing to do before it
+    stalled: np.ndarray  # of `device`: until new maps were in force
+    moving: list[tuple[int, int]]  # step numbers in which experts moved: from an offer until soon after its commit, or its fault
+
+    @property
+    def near(self) -> np.ndarray:
+        """bool [N]: whether experts moved meanwhile."""
+        return np.any([(first <= self.number) & (self.number <= last) for first, last in self.moving] or [self.number < 0], axis=0)
+
+
+def steps_of(bars: Sequence[Bar], batch: int, history: Sequence[dict[str, Any]]) -> Steps:
+    """Of one stage's steps those that decode `batch` sequences, as the step before does."""
+    bars = sorted(bars, key=lambda bar: (bar.epoch, bar.number))
+    pairs = [(before, bar) for before, bar in pairwise(bars) if before.rows == bar.rows == batch]
+    commits = np.array([bar.number for bar in bars if bar.stalled > 0], np.int64)
+    moving = []
+    for event in history:
+        if "offered" not in event:
+            continue
+        # the service hears of a commit with the next push: it is the last one before that, unless all of it was dropped
+        known = commits[(event["offered"] <= commits) & (commits <= event["step"])] if event["reason"] != "fault" else commits[:0]
+        moving.append((event["offered"], int(known.max() if len(known) else event["step"]) + _NEAR))
+    return Steps(
+        number=np.array([bar.number for _, bar in pairs]),
+        took=1e3 * np.array([bar.ended - before.ended for before, bar in pairs]),
+        device=1e3 * np.array([bar.busy for _, bar in pairs]),
+        waiting=1e3 * np.array([bar.waiting for _, bar in pairs]),
+        stalled=1e3 * np.array([bar.stalled for _, bar in pairs]),
+        moving=moving,
+    )
 
 
 def bubble_ratio(bars: Sequence[Bar]) -> dict[int, float]:

@@ -237,30 +237,33 @@ class _Stage:
         self._num_faults, self._fault = self._num_faults + 1, push.fault
         self._pause = self._eplb.interval
         self._queue.clear()
-        if self._offered is not None and self._offered.reason == "self-test":
-            self._self_test = f"failed: {push.fault}"
+        event = {"at": now, "step": push.number, "version": push.version, "reason": "fault", "fault": push.fault}
+        if self._offered is not None:
+            event["offered"] = self._offered.event["offered"]
+            if self._offered.reason == "self-test":
+                self._self_test = f"failed: {push.fault}"
         self._offered, self._moving_s = None, 0.0
-        self.history.append({"at": now, "step": push.number, "version": push.version, "reason": "fault", "fault": push.fault})
+        self.history.append(event)
 
     def _next(self, push: Push, now: float) -> _Offered | None:
         """What the stage should be offered now, if anything."""
         if self._owed:
             reason = "restore" if self._self_test == "passed" else "self-test"
-            return self._offer(dict(list(self._owed.items())[: self._eplb.layers_per_step]), reason, now)
+            return self._offer(dict(list(self._owed.items())[: self._eplb.layers_per_step]), reason, push, now)
         if self._self_test != "passed" and self._known.all():
             # Two experts change places and go back. Loads may take hours to call for a move, and the way there is to be tried
             # before it is needed; loads of a first push say too little to try it with a real one.
             swapped = {layer: there for layer, map_ in enumerate(self._maps) if (there := exchange(map_, self.experts.slots)) is not None}
             if swapped:
                 layer = next(iter(swapped))
-                return self._offer({layer: swapped[layer]}, "self-test", now)
+                return self._offer({layer: swapped[layer]}, "self-test", push, now)
             self._self_test = "passed"  # every rank has every expert: nothing can move
         if not self._queue and self._steps >= self._eplb.interval and self.windows.num_pushes:
             self._steps = 0
             lost = [self._lost(layer, self.windows.total(self._span)) for layer in range(len(self._maps))]
             self._queue.extend(sorted(range(len(lost)), key=lambda layer: -lost[layer]))
         found = self._look() if self._queue else {}
-        return self._offer(found, "balance", now) if found else None
+        return self._offer(found, "balance", push, now) if found else None
 
     @property
     def _span(self) -> int:
@@ -311,10 +314,11 @@ class _Stage:
         cost_s = received(old, new, slots).max() * self.experts.expert_bytes / self._bytes_per_s
         return new if saved_s > cost_s else None
 
-    def _offer(self, maps: dict[int, np.ndarray], reason: str, now: float) -> _Offered:
+    def _offer(self, maps: dict[int, np.ndarray], reason: str, push: Push, now: float) -> _Offered:
         layers, slots = list(maps), self.experts.slots
         loads = self.windows.total(self._span)[layers]
         event = {
+            "offered": push.number,  # experts move from this step on
             "layers": [self.experts.layers[layer] for layer in layers],
             "balance_before": balance(self._maps[layers], loads, slots) if self._known[layers].all() else None,
             "balance_after": balance(np.stack(list(maps.values())), loads, slots),

@@ -107,7 +107,8 @@ def form_link(
         peers: dict[Span, Peers] = {}
         for span in collectives.spans:
             name = f"stage_{stage}.{collectives.mesh.group_of(span, rank).name}"
-            groups[span] = form_group(meeting, epoch, name, span.place(rank), span.size, limit_s, collectives.device, given_up)
+            device = torch.device("cpu") if span.use else collectives.device  # beside the steps a GPU waits for no other
+            groups[span] = form_group(meeting, epoch, name, span.place(rank), span.size, limit_s, device, given_up)
             if (joined := join_peers(span, name, groups[span], given_up)) is not None:
                 peers[span] = joined
         if num_stages == 1:

@@ -12,6 +12,7 @@ import msgspec
 import torch
 
 from trireme.parallel.comm import Group, LinkLost, reach
+from trireme.parallel.mapping import mapped, offer
 from trireme.parallel.timing import device_seconds
 
 _NUM_CELLS = 256  # rows of the largest sum
@@ -86,11 +87,11 @@ def meet_peers(
         box = torch.full((2, size, _NUM_CELLS, cell), torch.iinfo(bits).min, dtype=bits, device=device)
         torch.cuda.synchronize()  # it is empty before anybody knows of it
         others = [other for other in range(size) if other != place]
-        said = exchange("offered", msgspec.msgpack.encode(_offer(box, device, others)))
+        said = exchange("offered", msgspec.msgpack.encode(offer(box, others)))
         every, reason = [box] * size, ""
         try:
             for other in others:
-                every[other] = _mapped(msgspec.msgpack.decode(said[other]), place, device).view(bits).view(box.shape)
+                every[other] = mapped(msgspec.msgpack.decode(said[other]), place, device).view(bits).view(box.shape)
         except (RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0]
         reasons = [said.decode() for said in exchange("mapped", reason.encode())]
@@ -127,28 +128,3 @@ def find_most(peers: Peers, group: Group, device: torch.device, exchange: Exchan
     peers.most = rows * peers.hidden
     took = ", ".join(f"{way} {' '.join(f'{us:.1f}' for us in times)}" for way, times in found.items())
     return f"up to {rows} rows by peers (us of {' '.join(map(str, _SIZES))} rows: {took})"
-
-
-def _offer(box: torch.Tensor, device: torch.device, others: Sequence[int]) -> dict[str, Any]:
-    """What others need to map a box; one handle each, since each is counted as one user, until whose end it is not freed.
-
-    What a rank has mapped goes when it leaves the epoch (Collectives.leave). Its own box stays with torch for each user that was
-    killed, since nobody counts that one off: 8 MiB for two ranks of 4096 16-bit numbers. To count it off here would be unsafe: this
-    rank does not know which of the others still live, whose kernels may write into the box until they have left the epoch, too.
-    """
-    try:
-        return {"device": device.index, "handles": {str(other): box.untyped_storage()._share_cuda_()[1:] for other in others}}
-    except RuntimeError as error:
-        return {"reason": str(error).splitlines()[0]}
-
-
-def _mapped(offer: dict[str, Any], place: int, device: torch.device) -> torch.Tensor:
-    """Another rank's box, in this GPU's address space."""
-    if "reason" in offer:
-        raise ValueError(f"a box cannot be shared: {offer['reason']}")
-    if not torch.cuda.can_device_access_peer(device.index, offer["device"]):
-        raise ValueError(f"GPU {device.index} cannot read the memory of GPU {offer['device']}")
-    handle, num_bytes, offset, counter, counter_offset, event, _ = offer["handles"][str(place)]
-    # on this device, not on the one that has it, where a context would be made; and no event is waited for, since it was synchronised
-    storage = torch.UntypedStorage._new_shared_cuda(device.index, handle, num_bytes, offset, counter, counter_offset, event, False)
-    return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)

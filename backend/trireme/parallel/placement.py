@@ -69,8 +69,7 @@ class Placement:
         else:
             table = np.zeros((self.num_experts, self._most_copies + 1), np.int64)
             table[:, : every.shape[1] - 1], table[:, -1] = every[:, :-1], every[:, -1]
-        made = torch.from_numpy(table)
-        return made.pin_memory() if self._table.device.type == "cuda" else made
+        return torch.from_numpy(table)
 
     def rewrite(self, map: np.ndarray, version: int = 0, table: torch.Tensor | None = None) -> None:
         """Put a map in force: int32 [num_slots], as version `version` of the stage's maps brought it, and its `table` if made before.

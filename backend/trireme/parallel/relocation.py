@@ -4,18 +4,23 @@ service's to say, and which slot a row goes to is parallel/placement's."""
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 import torch
 
 from trireme.core.maps import is_legal
 from trireme.parallel.collectives import Along
-from trireme.parallel.comm import Group, wait_for_device
+from trireme.parallel.comm import Group, LinkLost, make_unless
+from trireme.parallel.mapping import mapped, offer
 from trireme.parallel.placement import Placement
 
-_CHUNK = 4  # experts that a rank receives at once: what is on its way takes memory, and one giant exchange hangs NCCL
+_CHUNK = 4  # experts that a rank receives at once, and how many bytes if that is several: memory is set aside for them, and what steps
+_CHUNK_BYTES = 32 << 20  # send meets them on the same wires (32 MiB are 0.1 ms of NVLink, 1.3 ms of PCIe 4.0)
+_LETTER = 1024  # bytes in which a rank offers its memory to another
 _ALIGN = 16  # bytes; at which each of an expert's tensors begins in its record
 _SEAL = 16  # bytes behind them: a canary (which expert of which layer it is) and a checksum, int64 both
 
@@ -71,20 +76,12 @@ class Records:
             num_bytes = param[0].nbytes
             self._spans.append((start, start + num_bytes))
             start += -(-num_bytes // _ALIGN) * _ALIGN
-        self._body, self.size = start, start + _SEAL
+        self.size = start  # without canary and checksum
 
-    def write(self, row: int, canary: int, record: torch.Tensor) -> None:
-        """An expert of the params as a record: uint8 [size]."""
-        record.zero_()
+    def write(self, row: int, record: torch.Tensor) -> None:
+        """An expert of the params as a record: uint8 [at least size]. What lies between its tensors stays."""
         for param, (start, end) in zip(self.params, self._spans, strict=True):
-            record[start:end] = param[row].reshape(-1).view(torch.uint8)
-        seal = record[self._body :].view(torch.int64)
-        seal[0], seal[1] = canary, self._checksum(record)
-
-    def is_spoilt(self, record: torch.Tensor, canary: int) -> torch.Tensor:
-        """Whether a record is not whole, or not the expert that the canary names: bool []."""
-        seal = record[self._body :].view(torch.int64)
-        return (seal[0] != canary) | (seal[1] != self._checksum(record))
+            record[start:end].view(param.dtype).copy_(param[row].reshape(-1))
 
     def read(self, records: torch.Tensor, rows: torch.Tensor) -> None:
         """Put records into these rows of the params."""
@@ -92,10 +89,34 @@ class Records:
             experts = records[:, start:end].view(param.dtype).reshape(len(rows), *param.shape[1:])
             param.index_copy_(0, rows, experts)
 
-    def _checksum(self, record: torch.Tensor) -> torch.Tensor:
-        """Its words, weighed by odd numbers: a word that differs changes the sum, and so do two that changed places."""
-        words = record[: self._body].view(torch.int64)
-        return (words * torch.arange(1, 2 * len(words), 2, device=record.device)).sum()
+
+class Seals:
+    """Behind each record of a chunk a canary and a checksum of all before it, padding too: its words, weighed by odd numbers, so that
+    a word that differs changes the sum, and so do two that changed places. Memory of its own, so that nothing is allocated."""
+
+    def __init__(self, size: int, chunk: int, device: torch.device):
+        """Records of `size` bytes with their seals, `chunk` of them at once."""
+        self._body = size - _SEAL
+        self._weights = torch.arange(1, 2 * (self._body // 8), 2, device=device)
+        self._products = torch.empty(chunk, len(self._weights), dtype=torch.int64, device=device)
+
+    def put(self, records: torch.Tensor, canaries: list[int]) -> None:
+        """On uint8 [n, size]."""
+        seals = records[:, self._body :].view(torch.int64)
+        seals[:, 0] = torch.tensor(canaries, device=records.device)
+        seals[:, 1] = self._sums(records)
+
+    def spoilt(self, records: torch.Tensor, canaries: list[int]) -> list[bool]:
+        """Of uint8 [n, size]: whether each is not whole, or not the expert that its canary names. Waits for the device."""
+        seals = records[:, self._body :].view(torch.int64)
+        found = torch.column_stack([seals, self._sums(records)]).tolist()
+        return [canary != due or told != summed for (canary, told, summed), due in zip(found, canaries, strict=True)]
+
+    def _sums(self, records: torch.Tensor) -> torch.Tensor:
+        """int64 [n]."""
+        parts = records[:, : self._body].view(torch.int64).split(len(self._products))
+        sums = [torch.mul(part, self._weights, out=self._products[: len(part)]).sum(1) for part in parts]
+        return sums[0] if len(sums) == 1 else torch.cat(sums)
 
 
 class _Layer(NamedTuple):
@@ -103,7 +124,7 @@ class _Layer(NamedTuple):
 
     number: int
     map: np.ndarray  # int32 [num_slots]
-    table: torch.Tensor  # what the placement reads of it
+    table: torch.Tensor  # what the placement reads of it, on the host
     records: torch.Tensor  # uint8 [n, size], in the staging buffer
     rows: torch.Tensor  # int64 [n]: of this rank's slots
 
@@ -120,26 +141,36 @@ class Relocation:
         old rows --records--> staging buffer        checked; steps go on with the old rows
                               staging buffer --> rows, and the placement's tables      in stream order, at fixed addresses
 
-    What was laid ready stays until it is committed, `drop` says that it will not be, or another is prepared.
+    Ranks speak through a group of their processes. On GPUs a rank copies what it is due out of the memory of the others, once they say
+    that it is there: no kernel waits for another rank. One that did would take multiprocessors from the steps, and hang them where two
+    ranks load a kernel or allocate just then, which waits for the device. Where ranks do not see each other's memory, and on CPUs,
+    experts go through the group.
+
+    What was laid ready stays until it is committed, `drop` says that it will not be, or another is prepared; by then a step with it is
+    through. All memory is taken once, when a rank's is measured: in mid-serving an allocation would make the device wait.
     """
 
     def __init__(self, along: Along, mixtures: Sequence[Mixture], *, most_layers: int, version: int = 0):
-        """`along`: ep, by a communicator of its own. `most_layers`: that one version changes."""
+        """`along`: ep, by a communicator of its own, between processes. `most_layers`: that one version changes."""
         self.version = version  # of the maps in force
         self._along, self._mixtures = along, mixtures
         self._records = [Records(mixture) for mixture in mixtures]
         self._staged: _Staged | None = None
-        param, slots = mixtures[0].params[0], mixtures[0].placement.slots_per_rank
-        self._device, self._slots_per_rank, self._most_layers = param.device, slots, most_layers
-        size = max(records.size for records in self._records)
-        # taken once, so that it is counted when a rank measures its memory
-        self._buffer = torch.zeros(min(most_layers, len(mixtures)) * slots, size, dtype=torch.uint8, device=self._device)
-        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
-
-    @property
-    def passing_bytes(self) -> int:
-        """What `prepare` takes on its way, beside the buffer: a chunk that is sent to all, one that came, and a checksum's numbers."""
-        return (_CHUNK * self._along.size + 3) * self._buffer.shape[1]
+        param, placement = mixtures[0].params[0], mixtures[0].placement
+        self._device, self._slots_per_rank, self._most_layers = param.device, placement.slots_per_rank, min(most_layers, len(mixtures))
+        size = max(records.size for records in self._records) + _SEAL
+        self._chunk = max(1, min(_CHUNK, _CHUNK_BYTES // size))
+        num_staged, on_gpu = self._most_layers * placement.slots_per_rank, self._device.type == "cuda"
+        self._buffer = self._bytes(num_staged, size)
+        self._sent, self._came = self._bytes(self._chunk * (along.size - 1), size), self._bytes(self._chunk, size)
+        self._seals = Seals(size, self._chunk, self._device)
+        self._rows = torch.zeros(num_staged, dtype=torch.int64, device=self._device)
+        self._told_rows = torch.zeros(num_staged, dtype=torch.int64, pin_memory=on_gpu)
+        table = placement.table(placement.map)
+        self._tables = torch.zeros(self._most_layers, *table.shape, dtype=table.dtype, pin_memory=on_gpu)
+        self._sources: list[torch.Tensor] | None = None  # `_sent` of each place, where they are to be seen in this epoch
+        self._stream = torch.cuda.Stream(self._device) if on_gpu else None
+        self._busy = threading.Lock()  # who has the buffers: a thread of the epoch before may still be in `prepare`
 
     @property
     def staged(self) -> int:
@@ -147,22 +178,25 @@ class Relocation:
         staged = self._staged
         return staged.version if staged else 0
 
-    @torch.inference_mode()
-    def warm_up(self, limit_s: float, give_up: Callable[[], bool]) -> None:
-        """At the beginning of an epoch, before steps, by all ranks along ep: send a full chunk every way, and put one expert where it is.
-        The first time loads kernels and connects ranks, for which a GPU stands still: beside steps one of them took 1.1 s (H100).
-        LinkLost where another rank does not come, in time or before `give_up` says so."""
-        if self._stream is None or self._along.size == 1:
-            return
-        size, records = self._along.size, self._records[0]
-        with self._aside():
-            out = self._buffer.new_zeros(_CHUNK * size, self._buffer.shape[1])
-            records.write(0, 0, out[0, : records.size])
-            with self._along.held() as group:
-                group.all_to_all(out, [_CHUNK] * size, [_CHUNK] * size)
-                wait_for_device(self._device, limit_s, give_up)
-            records.is_spoilt(out[0, : records.size], 0).tolist()
-            records.read(out[:1, : records.size], torch.zeros(1, dtype=torch.int64, device=self._device))
+    def warm_up(self, limit_s: float, give_up: Callable[[], bool]) -> str:
+        """At the beginning of an epoch, before steps, by all ranks along ep: see each other's memory, and walk the whole way once, which
+        leaves every expert where it is. The first time loads kernels, for which a GPU stands still: beside steps one of them took 1.1 s,
+        and 67 ms more were lost when several experts moved at once for the first time (H100). LinkLost where another rank does not
+        come, in time or before `give_up` says so. How experts will go, in words; nothing on a CPU."""
+        if self._stream is None:
+            return ""
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))  # maps may just have been put in force
+
+        def meet(_: Callable[[], bool]) -> str:
+            if not self._busy.acquire(timeout=limit_s):
+                raise LinkLost(f"experts of the epoch before are still on their way after {limit_s:g} s")
+            try:
+                with torch.inference_mode(), self._along.held() as group, self._aside():
+                    return self._meet(group)
+            finally:
+                self._busy.release()
+
+        return make_unless(give_up, meet)
 
     @torch.inference_mode()
     def prepare(self, version: int, maps: Mapping[int, np.ndarray]) -> int:
@@ -175,9 +209,12 @@ class Relocation:
                 raise Unprepared(f"version {version}: not a map of layer {number}, of {len(self._mixtures)} with experts: {map.tolist()}")
         if len(maps) > self._most_layers:
             raise Unprepared(f"version {version} changes {len(maps)} layers, and there is room for {self._most_layers}")
-        with self._aside():
-            staged, num_bytes = self._stage(version, maps)
-        self._staged = staged
+        with self._along.held() as group, self._busy, self._aside():
+            layers, num_bytes, spoilt = self._stage(group, maps)
+        if spoilt:
+            what = ", ".join(f"expert {move.expert} of layer {move.layer} for slot {move.target}" for move in spoilt)
+            raise Unprepared(f"came spoilt: {what}")
+        self._staged = _Staged(version, layers)
         return num_bytes
 
     @torch.inference_mode()
@@ -186,12 +223,12 @@ class Relocation:
         staged = self._staged
         assert staged is not None and staged.version == version, f"version {version} is not laid ready: {self.staged}"
         for layer in staged.layers:
-            self._records[layer.number].read(layer.records, layer.rows)
-            self._mixtures[layer.number].placement.rewrite(layer.map, version, layer.table)
+            self._put(layer, version)
         self.version, self._staged = version, None
 
     def drop(self) -> None:
-        self._staged = None
+        """Of an epoch that is over."""
+        self._staged = self._sources = None
 
     @contextlib.contextmanager
     def _aside(self) -> Iterator[None]:
@@ -202,9 +239,54 @@ class Relocation:
             return
         with torch.cuda.stream(self._stream):
             yield
-            self._stream.synchronize()
+            self._wait()
 
-    def _stage(self, version: int, maps: Mapping[int, np.ndarray]) -> tuple[_Staged, int]:
+    def _meet(self, group: Group) -> str:
+        """Try to see the others' memory, and then whether what comes that way is what was sent."""
+        why = self._map(group)
+        if not why:
+            if _agree(group, self._along.size, not self._walk(group)):
+                return "experts are copied from GPU to GPU"
+            self._sources, why = None, "what came out of another's memory was not what was sent"
+        if spoilt := self._walk(group):
+            raise LinkLost(f"experts come spoilt by way of the hosts, too: {spoilt}")
+        return f"experts go by way of the hosts: {why}"
+
+    def _map(self, group: Group) -> str:
+        """See the memory that every rank sends from; or why not, for some rank."""
+        size, place = self._along.size, self._along.place
+        said = [msgspec.msgpack.encode(offer(self._sent, [other] if other != place else [])) for other in range(size)]
+        assert all(len(each) <= _LETTER - 4 for each in said), "a few handles of 64 bytes"
+        letters = b"".join((len(each).to_bytes(4, "little") + each).ljust(_LETTER, b"\0") for each in said)
+        came = group.all_to_all(torch.frombuffer(bytearray(letters), dtype=torch.uint8).view(size, _LETTER), [1] * size, [1] * size)
+        sources, why = [self._sent] * size, ""
+        for other, letter in enumerate(bytes(row.tolist()) for row in came):
+            if other != place:
+                offered = msgspec.msgpack.decode(letter[4 : 4 + int.from_bytes(letter[:4], "little")])
+                try:
+                    sources[other] = mapped(offered, place, self._device).view(self._sent.shape)
+                except (RuntimeError, ValueError) as error:
+                    why = str(error).splitlines()[0]
+        if not _agree(group, size, not why):
+            return why or "another rank cannot"
+        self._sources = sources
+        return ""
+
+    def _walk(self, group: Group) -> list[Move]:
+        """What `prepare` and `commit` do, with experts that stay: a chunk for every rank, of those after it in turns, and a layer. What
+        came spoilt."""
+        size, n, placement = self._along.size, self._slots_per_rank, self._mixtures[0].placement
+        rows = list(range(min(n, self._chunk)))
+        slots = [(target, (target + 1 + row % (size - 1)) % size * n + row) for target in range(size) for row in rows]
+        moves = [Move(0, int(placement.map[slot]), slot, target * n + slot % n) for target, slot in slots]
+        _, spoilt = self._exchange(group, moves, {move: move.target % n for move in moves})
+        for row in rows:
+            self._records[0].write(row, self._buffer[row])
+        self._put(self._lay(0, 0, placement.map, 0, rows), placement.version)
+        return spoilt
+
+    def _stage(self, group: Group, maps: Mapping[int, np.ndarray]) -> tuple[list[_Layer], int, list[Move]]:
+        """Layers that are ready, bytes that came from other ranks, and of what came that which was spoilt."""
         old = {number: self._mixtures[number].placement.map for number in maps}
         moves = find_moves(old, maps, self._slots_per_rank)
         mine = [move for move in moves if self._rank_of(move.target) == self._along.place]
@@ -212,58 +294,82 @@ class Relocation:
         for move in mine:
             if self._rank_of(move.source) == self._along.place:
                 self._write(move, self._buffer[places[move]])
-        num_bytes = self._exchange(moves, places) if self._along.size > 1 else 0
-        layers = []
-        for number, map in sorted(maps.items()):
-            every = [move for move in mine if move.layer == number]
-            first = places[every[0]] if every else 0
-            records = self._buffer[first : first + len(every), : self._records[number].size]
-            table = self._mixtures[number].placement.table(map)
-            rows = torch.tensor([move.target % self._slots_per_rank for move in every], dtype=torch.int64, device=self._device)
-            layers.append(_Layer(number, map, table, records, rows))
-        return _Staged(version, layers), num_bytes
+        num_bytes, spoilt = self._exchange(group, moves, places)
+        layers, first = [], 0
+        for at, (number, map) in enumerate(sorted(maps.items())):
+            rows = [move.target % self._slots_per_rank for move in mine if move.layer == number]
+            layers.append(self._lay(at, number, map, first, rows))
+            first += len(rows)
+        return layers, num_bytes, spoilt
 
-    def _exchange(self, moves: list[Move], places: Mapping[Move, int]) -> int:
-        """In chunks that all ranks cut alike: a rank's n-th expert comes in chunk n // _CHUNK. A chunk that came spoilt does not end it,
-        since others wait for the next."""
-        place, size = self._along.place, self._along.size
+    def _lay(self, at: int, number: int, map: np.ndarray, first: int, rows: list[int]) -> _Layer:
+        """The `at`-th layer that is laid ready, whose records stand in the buffer from `first` on, for these rows."""
+        table, here = self._tables[at], slice(first, first + len(rows))
+        table.copy_(self._mixtures[number].placement.table(map))
+        self._told_rows[here] = torch.tensor(rows, dtype=torch.int64)
+        self._rows[here].copy_(self._told_rows[here], non_blocking=True)
+        return _Layer(number, map, table, self._buffer[here], self._rows[here])
+
+    def _put(self, layer: _Layer, version: int) -> None:
+        """In force for what the current stream does next."""
+        self._records[layer.number].read(layer.records, layer.rows)
+        self._mixtures[layer.number].placement.rewrite(layer.map, version, layer.table)
+
+    def _exchange(self, group: Group, moves: list[Move], places: Mapping[Move, int]) -> tuple[int, list[Move]]:
+        """In chunks that all ranks cut alike: a rank's n-th expert comes in chunk n // self._chunk. A chunk that came spoilt does not end
+        it, since others wait for the next. Bytes that came, and what was spoilt."""
         chunks: dict[int, list[Move]] = {}
-        counts = [0] * size
+        counts = [0] * self._along.size
         for move in moves:
             target = self._rank_of(move.target)
             if self._rank_of(move.source) != target:
-                chunks.setdefault(counts[target] // _CHUNK, []).append(move)
+                chunks.setdefault(counts[target] // self._chunk, []).append(move)
                 counts[target] += 1
-        spoilt: list[Move] = []
-        with self._along.held() as group:
-            for _, chunk in sorted(chunks.items()):
-                sent = sorted((move for move in chunk if self._rank_of(move.source) == place), key=lambda move: self._rank_of(move.target))
-                due = sorted((move for move in chunk if self._rank_of(move.target) == place), key=lambda move: self._rank_of(move.source))
-                spoilt += self._pass(group, sent, due, places)
-        if spoilt:
-            what = ", ".join(f"expert {move.expert} of layer {move.layer} for slot {move.target}" for move in spoilt)
-            raise Unprepared(f"came spoilt: {what}")
-        return counts[place] * self._buffer.shape[1]
+        spoilt = [move for _, chunk in sorted(chunks.items()) for move in self._pass(group, chunk, places)]
+        return counts[self._along.place] * self._buffer.shape[1], spoilt
 
-    def _pass(self, group: Group, sent: list[Move], due: list[Move], places: Mapping[Move, int]) -> list[Move]:
-        """One chunk, `sent` by target and `due` by source. What came spoilt."""
-        out = self._buffer.new_empty(len(sent), self._buffer.shape[1])
+    def _pass(self, group: Group, chunk: list[Move], places: Mapping[Move, int]) -> list[Move]:
+        """One chunk; what of it came spoilt."""
+        place, counts = self._along.place, np.zeros((self._along.size, self._along.size), int)
+        for move in chunk:
+            counts[self._rank_of(move.source), self._rank_of(move.target)] += 1
+        sent = sorted((move for move in chunk if self._rank_of(move.source) == place), key=lambda move: self._rank_of(move.target))
+        due = sorted((move for move in chunk if self._rank_of(move.target) == place), key=lambda move: self._rank_of(move.source))
+        out, came = self._sent[: len(sent)], self._came[: len(due)]
         for move, record in zip(sent, out, strict=True):
             self._write(move, record)
-        ranks = range(self._along.size)
-        going = [sum(self._rank_of(move.target) == rank for move in sent) for rank in ranks]
-        coming = [sum(self._rank_of(move.source) == rank for move in due) for rank in ranks]
-        came = group.all_to_all(out, going, coming)
-        wrong = []
+        if sent:
+            self._seals.put(out, [_canary(move) for move in sent])
+        self._carry(group, out, came, counts)
         for move, record in zip(due, came, strict=True):
-            records = self._records[move.layer]
-            wrong.append(records.is_spoilt(record[: records.size], _canary(move)))
             self._buffer[places[move]] = record
-        return [move for move, bad in zip(due, torch.stack(wrong).tolist() if wrong else [], strict=True) if bad]
+        spoilt = self._seals.spoilt(came, [_canary(move) for move in due]) if due else []
+        return [move for move, bad in zip(due, spoilt, strict=True) if bad]
+
+    def _carry(self, group: Group, out: torch.Tensor, came: torch.Tensor, counts: np.ndarray) -> None:
+        """Records `out` by target, `came` by source; counts [source, target]."""
+        place, sources = self._along.place, self._sources
+        if sources is None:
+            came.copy_(group.all_to_all(out.cpu(), counts[place].tolist(), counts[:, place].tolist()))
+            return
+        self._wait()
+        _agree(group, len(counts), True)  # all that is sent is there
+        at = 0
+        for source, first, n in zip(sources, counts[:, :place].sum(axis=1), counts[:, place], strict=True):
+            came[at : at + n] = source[first : first + n]
+            at += n
+        self._wait()
+        _agree(group, len(counts), True)  # and may be overwritten
+
+    def _wait(self) -> None:
+        if self._stream is not None:
+            self._stream.synchronize()
 
     def _write(self, move: Move, record: torch.Tensor) -> None:
-        records = self._records[move.layer]
-        records.write(move.source % self._slots_per_rank, _canary(move), record[: records.size])
+        self._records[move.layer].write(move.source % self._slots_per_rank, record)
+
+    def _bytes(self, num_records: int, size: int) -> torch.Tensor:
+        return torch.zeros(num_records, size, dtype=torch.uint8, device=self._device)
 
     def _rank_of(self, slot: int) -> int:
         return slot // self._slots_per_rank
@@ -271,3 +377,8 @@ class Relocation:
 
 def _canary(move: Move) -> int:
     return (move.layer + 1) << 32 | move.expert
+
+
+def _agree(group: Group, size: int, said: bool) -> bool:
+    """Whether all of the group's processes say so; none goes on before all have come here."""
+    return bool(group.all_to_all(torch.full((size, 1), said, dtype=torch.uint8), [1] * size, [1] * size).all())

@@ -41,11 +41,6 @@ class Mixtures:
         """Of the maps in force."""
         return self._relocation.version if self._relocation is not None else 0
 
-    def passing(self) -> torch.Tensor:
-        """As much memory as `prepare` takes beside a step."""
-        num_bytes = self._relocation.passing_bytes if self._relocation is not None else 0
-        return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
-
     def prepare(self, version: int, maps: Mapping[int, np.ndarray]) -> int:
         """See Relocation.prepare."""
         if self._relocation is None:
@@ -67,11 +62,11 @@ class Mixtures:
         if self._relocation is not None:
             self._relocation.drop()
 
-    def begin(self, give_up: Callable[[], bool]) -> None:
-        """An epoch. LinkLost where other ranks of the stage do not come, or `give_up` says so."""
+    def begin(self, give_up: Callable[[], bool]) -> str:
+        """An epoch: how experts will go from rank to rank, in words, if there is anything to say. LinkLost where other ranks of the stage
+        do not come, or `give_up` says so."""
         self.forget()
-        if self._relocation is not None:
-            self._relocation.warm_up(self._limit_s, give_up)
+        return self._relocation.warm_up(self._limit_s, give_up) if self._relocation is not None else ""
 
     def forget(self) -> None:
         """What was counted, and chosen, before."""

@@ -70,6 +70,7 @@ class Runner:
         self.hidden, self.dtype = hidden, dtype
         self.collectives = decoder.build.collectives
         self._decoder, self._settings, self._stage, self._device = decoder, settings, stage, device
+        self._log = logger(f"stage_{stage} rank {decoder.build.rank}")
         self._is_first, self._is_last = stage == 0, stage == settings.num_stages - 1
         self._page_table = np.zeros((settings.max_num_seqs, -(-max_model_len // PAGE)), dtype=np.int32)
         self._sampler = Sampler(
@@ -94,9 +95,9 @@ class Runner:
         self._link, self._watch = link, None
         if self._graphs is not None and self._graphs_are_of_epochs:
             self._capture(give_up)
-            logger(f"stage_{self._stage} rank {self.collectives.rank}").info("graphs: %s", self.graphs)
-        if self._mixtures is not None:
-            self._mixtures.begin(give_up)
+            self._log.info("graphs: %s", self.graphs)
+        if self._mixtures is not None and (told := self._mixtures.begin(give_up)):
+            self._log.info("%s", told)
         self._fed.clear()
         self._sampler.clear()
         self._prompts.clear()
@@ -379,11 +380,9 @@ class Runner:
         self._allocate(1, 0)
 
         def largest() -> None:
-            passing = self._mixtures.passing() if self._mixtures is not None else None  # maps may be prepared beside it
             for counts, regime in largest_steps(settings, self._decoder.build.plan.regimes, most_rows, num_drafts, self._device):
                 self._try(counts, regime)
             verify()
-            del passing
 
         def decode() -> None:
             self._try(np.ones(most_items, np.int32))
