@@ -34,6 +34,21 @@ QWEN3_235B = {
     "intermediate_size": 12288,
     "moe_intermediate_size": 1536,
 }
+QWEN3_8B = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "hidden_size": 4096,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "intermediate_size": 12288,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "rope_theta": 1e6,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
 LLAMA_70B = {
     "architectures": ["LlamaForCausalLM"],
     "hidden_size": 8192,

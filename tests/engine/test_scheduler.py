@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -240,6 +242,22 @@ def test_decodes_are_spread_over_the_stages():
     last = [set(array(step.slots).tolist()) for step in driver.steps[-4:]]
     assert len(set.union(*last)) == 8, "each sequence is in one of num_stages consecutive steps"
     driver.rush()
+
+
+def test_steps_that_take_turns_read_equally_many_keys():
+    """Long prompts came first, so the first of two steps in turn would read most keys; as sequences end, they even out."""
+    driver = Driver(limits(num_stages=2, inflight=3, max_num_seqs=24, max_num_batched_tokens=1024, num_pages=400, max_model_len=400))
+    for i in range(24):
+        driver.add(request(f"r{i}", 300 if i < 12 else 20, max_tokens=8 + 2 * i))
+    while driver.plan() or driver.posted or driver.answers:
+        if len(driver.named) == 3 or not driver.plan():
+            driver.run_one()
+            driver.learn_one()
+    decodes = [step for step in driver.steps if step.num_rows == step.num_items > 4]
+    keys = np.array([array(step.starts).sum() + step.num_items for step in decodes])
+    uneven = np.abs(np.diff(keys)) / (keys[1:] + keys[:-1]) * 2
+    assert len(uneven) > 40 and np.median(uneven) < 0.12, uneven
+    assert max(abs(a.num_items - b.num_items) for a, b in pairwise(decodes)) <= 2
 
 
 def test_chunks_of_one_prompt_are_in_flight_together():

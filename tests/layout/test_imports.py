@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "trireme_kernels": set(),
 }
 # Modules without torch that a room below them may know: what a checkpoint is, and what it costs.
-BELOW = {"trireme.models.spec", "trireme.models.cost"}
+BELOW = {"trireme.models.spec", "trireme.models.cost", "trireme.models.cut"}
 
 TORCH_FREE = ("trireme.core", "trireme.engine", "trireme.serve", "trireme.model", "trireme.parallel.plan", "trireme.models.planner")
 TORCH_FREE_RANKS = tuple(f"trireme.ranks.{name}" for name in ("leader", "launch", "pool", "channel", "local"))

@@ -1,28 +1,23 @@
-"""The cost model: worked examples of the cut, and bytes that equal what every rank of a plan allocates."""
+"""The cost model: bytes that equal what every rank of a plan allocates."""
 
 from __future__ import annotations
 
-from itertools import combinations
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from parallel.test_plan import SPEC
 from real_configs import QWEN3_5_35B
 from tiny import FAMILIES, HYBRID_FAMILIES, MOE_FAMILIES, tiny_config
+from trireme.core.settings import make_settings
 from trireme.layers.block import Build, PerRequest, PerToken
 from trireme.models.cost import (
     activation_bytes,
-    balance,
-    cut_layers,
     held_bytes,
     kv_bytes_per_token,
     rank_param_bytes,
     state_bytes,
-    touched,
 )
 from trireme.models.decoder import Decoder
 from trireme.models.registry import build_stage
@@ -121,64 +116,13 @@ def test_hybrid_ranks_hold_the_bytes_that_the_model_says(family: str, tied: bool
 def test_each_of_two_stages_has_half_of_35b():
     """Issue 6: at most 35.5e9 bytes of weights on each of two GPUs, and 37.5e9 with the head that drafts."""
     spec = make_spec(QWEN3_5_35B)
-    for mtp, most, wanted in ((0, 35.5e9, [34_660_779_520, 34_660_787_712]), (3, 37.5e9, [36_346_189_824, 35_681_799_168])):
-        plan = Plan(layer_cut=tuple(cut_layers(spec, 2, mtp=mtp > 0)), mtp=mtp)
-        held = [rank_param_bytes(spec, plan, stage, 0, 2) for stage in range(2)]
-        assert held == wanted and max(held) <= most
-        assert sum(state_bytes(spec, plan, stage, 2) for stage in range(2)) == 30 * (3 * 8192 * 2 + 32 * 128 * 128 * 4)
-
-
-def test_states_weigh_on_a_cut():
-    """Two layers of attention, then two whose states each row reads and writes: those of a few rows weigh nothing."""
-    kinds = ["full_attention"] * 2 + ["linear_attention"] * 2
-    spec = spec_of("qwen3_5", layer_types=kinds, num_hidden_layers=4, linear_key_head_dim=16, linear_value_head_dim=16, vocab_size=8)
-    assert cut_layers(spec, 2, rows=1) == [2, 2]
-    assert cut_layers(spec, 2, rows=100) == [3, 1]
-
-
-def test_a_head_that_drafts_weighs_on_the_last_stage():
-    assert [cut_layers(make_spec(QWEN3_5_35B), 2, mtp=mtp) for mtp in (False, True)] == [[20, 20], [21, 19]]
-
-
-def test_the_head_weighs_on_the_last_stage():
-    """SmolLM2-135M: the head weighs 8 layers, so 38 are dealt out."""
-    assert cut_layers(SPEC, 1) == [30]
-    assert cut_layers(SPEC, 2) == [19, 11]
-    assert cut_layers(SPEC, 30) == [1] * 30
-
-
-def test_experts_weigh_what_a_step_reads_of_them():
-    """Two dense layers, then four with 8 experts of which a row reads one. Alone, a row finds all layers alike, so the cut is
-    even; a step of many rows reads every expert, and the layers that have them weigh nine."""
-    sizes = {"num_hidden_layers": 6, "mlp_only_layers": [0, 1], "num_experts": 8, "num_experts_per_tok": 1}
-    spec = spec_of("qwen3_moe", **sizes, intermediate_size=90, moe_intermediate_size=90, vocab_size=8)
-    assert cut_layers(spec, 2, rows=1) == [3, 3]
-    assert cut_layers(spec, 2, rows=1000) == [4, 2]
-
-
-def test_rows_touch_few_experts_or_all():
-    spec = spec_of("qwen3_moe", num_experts=128, num_experts_per_tok=8)
-    assert [round(touched(spec, rows), 4) for rows in (0, 1, 16, 64)] == [0, 0.0625, 0.6439, 0.9839]
-    assert touched(spec_of("qwen3"), 8) == 0
-
-
-def test_a_head_heavier_than_a_stage_leaves_one_layer():
-    assert balance([1] * 6, 100, 3) == [3, 2, 1] or balance([1] * 6, 100, 3) == [2, 3, 1]
-
-
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=7), st.integers(0, 20), st.data())
-def test_no_cut_is_better(costs: list[int], tail: int, data: st.DataObject):
-    num_stages = data.draw(st.integers(1, len(costs)))
-
-    def dearest(cut: list[int]) -> int:
-        ends = [sum(cut[: stage + 1]) for stage in range(num_stages)]
-        return max(sum(costs[end - count : end]) + tail * (end == len(costs)) for end, count in zip(ends, cut, strict=True))
-
-    cuts = [
-        [b - a for a, b in zip((0, *places), (*places, len(costs)), strict=True)]
-        for places in combinations(range(1, len(costs)), num_stages - 1)
-    ]
-    assert dearest(balance(costs, tail, num_stages)) == min(map(dearest, cuts))
+    for num_seqs, rows in ((1, 512), (64, 512), (256, 8192), (512, 8192)):
+        for mtp, most, wanted in ((0, 35.5e9, [34_660_779_520, 34_660_787_712]), (3, 37.5e9, [36_346_189_824, 35_681_799_168])):
+            sizes = {"max_num_seqs": num_seqs, "max_num_batched_tokens": rows, "mtp": {"num_tokens": mtp}}
+            plan = Plan.of(make_settings({"model": "/m", "pipeline_parallel_size": 2, **sizes}), spec)
+            held = [rank_param_bytes(spec, plan, stage, 0, 2) for stage in range(2)]
+            assert held == wanted and max(held) <= most
+            assert sum(state_bytes(spec, plan, stage, 2) for stage in range(2)) == 30 * (3 * 8192 * 2 + 32 * 128 * 128 * 4)
 
 
 def test_a_row_may_find_more_of_its_experts_on_a_rank_that_has_more_slots():

@@ -42,9 +42,9 @@ def plan_of(**settings) -> Plan:
 
 def test_the_cost_model_cuts_where_nobody_says():
     plan = plan_of(pipeline_parallel_size=2)
-    assert plan.layer_cut == (19, 11)
+    assert plan.layer_cut == (16, 14)
     assert (plan.pp, plan.ranks, plan.world) == (2, 1, 2)
-    assert (plan.layers(0), plan.layers(1)) == (range(19), range(19, 30))
+    assert (plan.layers(0), plan.layers(1)) == (range(16), range(16, 30))
 
 
 def test_a_given_cut_is_kept():

@@ -8,7 +8,7 @@ from trireme.core.settings import make_settings
 from trireme.layers.block import PerRequest, PerToken
 from trireme.ranks import memory
 from trireme.ranks.graphs import buckets
-from trireme.ranks.memory import Room, Sizes, check_states, find_room, num_pages, num_snapshots
+from trireme.ranks.memory import Room, Sizes, check_states, find_room, num_pages, num_snapshots, stock
 
 
 @pytest.mark.parametrize(
@@ -117,3 +117,30 @@ def test_no_room_says_what_took_it():
         Refusal, match=r"stage_1 has no room for keys and values: of 1.00 GiB: weights 0.50 GiB.*raise gpu_memory_utilization"
     ):
         num_pages(room, Sizes(30, 0, 0), make_settings({"model": "m"}), 1)
+
+
+@pytest.mark.gpu
+def test_steps_that_grow_take_no_memory_anew():
+    """Each step's tensors are a little larger than any before; they are cut of what was taken once."""
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    device, mib = torch.device("cuda"), 1 << 20
+    torch.cuda.empty_cache()
+    stock(Room(0, total=GIB, activations=256 * mib), 64 * mib, device)
+    taken = torch.cuda.memory_stats(device)["num_device_alloc"]
+    for step in range(1, 20):
+        rows = torch.empty(24 * mib + step * 100_000, dtype=torch.uint8, device=device)
+        wide = torch.empty(8 * rows.numel(), dtype=torch.uint8, device=device)
+        del rows, wide
+    assert torch.cuda.memory_stats(device)["num_device_alloc"] == taken
+
+
+def test_no_more_is_stocked_than_is_free(monkeypatch):
+    """Where pages were given all there is, steps take what they need as it comes."""
+    made: list[int] = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 * GIB, 100 * GIB))
+    monkeypatch.setattr(torch, "empty", lambda num_bytes, **_: made.append(num_bytes))
+    for activations in (4, 8):
+        stock(Room(0, total=100 * GIB, activations=activations * GIB), 1 * GIB, torch.device("cuda"))
+    stock(Room(0), GIB, CPU)
+    assert made == [7 * GIB]

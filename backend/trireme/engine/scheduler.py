@@ -250,7 +250,8 @@ class Scheduler:
             else:
                 num_steps = -(-num_steps // 2)  # every other step is for prompts
         most = limits.max_micro_batch_size or -(-int(np.count_nonzero(decodes)) // num_steps)
-        chosen = slots.ready(decodes, number, self._num_returned, limits.num_stages, ahead=ahead)[: min(most, room)]
+        ready = slots.ready(decodes, number, self._num_returned, limits.num_stages, ahead=ahead)
+        chosen = ready[: min(most, room)] if ahead else slots.deal(ready, decodes, min(most, room))
         if self._drafts is not None:
             self._drafts.keep(chosen, room - len(chosen), self._pages.num_free)
         chosen, growing = self._room_for(chosen)

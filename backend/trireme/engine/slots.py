@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+_UNEVEN = 0.02  # of the keys that a step reads: one sequence is left to the next where that brings it so much nearer to its share
+
 
 class Slots:
     """Rows of int64 or bool [num_slots]. Of one sequence:
@@ -69,6 +71,29 @@ class Slots:
             return slots[self.last_step[slots] == self.last_step[slots].min()] if len(slots) else slots
         slots = np.flatnonzero(ready & (self.last_step < max(number - num_stages + 1, num_returned)))
         return slots[np.argsort(self.last_step[slots], kind="stable")]
+
+    def deal(self, ready: np.ndarray, decodes: np.ndarray, most: int) -> np.ndarray:
+        """`most` of the ready slots at the most, in their order. Steps that take turns should read equally many keys, since their
+        stages wait for one another: so those are left to the next step without whom this one has its share, and one also where all
+        could go and this one has too many. Who was left once is not left again.
+
+        Keys 9 2 5 1 are ready, 4 3 in flight, and three are taken: of all 24 a step should read 12, so 5 is left, not the last one.
+        """
+        num_decodes = int(np.count_nonzero(decodes))
+        may_wait = np.flatnonzero(self.last_step[ready] == self.last_step[ready].max(initial=-1))
+        waits = max(0, len(ready) - most)
+        if most >= num_decodes or waits >= len(may_wait):
+            return ready[:most]
+        keys, takes = self.planned[ready] + 1, np.ones(len(ready), bool)
+        over = keys.sum() - (self.planned[decodes] + 1).mean() * most  # keys of those who are left, if all goes well
+        if not waits and over - np.abs(keys[may_wait] - over).min() > _UNEVEN * keys.sum():
+            waits = 1
+        for left in range(waits, 0, -1):
+            at = int(np.abs(keys[may_wait] - over / left).argmin())
+            takes[may_wait[at]] = False
+            over -= keys[may_wait[at]]
+            may_wait = np.delete(may_wait, at)
+        return ready[takes]
 
     def advance(self, slot: int, num_tokens: int, last: int) -> None:
         """So many tokens have come of a step that was to bring at least one: drafts that stood, and `last` after them."""

@@ -1,4 +1,4 @@
-"""Cost: what each rank of a plan holds, keeps and works with, in numbers and bytes, and where stages part. Measures nothing.
+"""Cost: what each rank of a plan holds, keeps and works with, in numbers and bytes. Measures nothing.
 
 Layers describe the same weights tensor by tensor, in torch; here they are sums that need none. tests/models/test_cost.py holds
 the two equal, byte for byte.
@@ -9,11 +9,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
-from functools import cache
 from math import ceil
 from typing import TYPE_CHECKING, NamedTuple
 
-from trireme.core.refusal import Refusal
 from trireme.models.spec import Delta, Spec
 
 if TYPE_CHECKING:
@@ -225,68 +223,3 @@ def activation_bytes(spec: Spec, plan: Plan, rows: int, samples: int, item_bytes
     logits = samples * vocabulary_rows(spec, plan, rank=0) * (item_bytes + 4)
     rotary = 4 * spec.max_position_embeddings * (spec.rotary_dim or spec.head_dim)
     return rotary + max(item_bytes * (residual * spec.hidden + max(widest)), logits)
-
-
-def touched(spec: Spec, rows: int) -> float:
-    """The share of a layer's experts that `rows` rows read, expected of a router that treats all alike:
-    1 - (1 - k / E) ** rows.
-
-    8 of 128 experts: 1 row reads 1/16 of them, 16 rows 0.64, 64 rows 0.98.
-    """
-    return 1 - (1 - spec.num_experts_per_tok / spec.num_experts) ** rows if spec.num_experts else 0.0
-
-
-def read_params(params: LayerParams, share: float) -> float:
-    """Numbers of a layer that a step reads which touches this share of its experts."""
-    return params.mixer + params.mlp + share * params.slots * params.expert
-
-
-def cut_layers(spec: Spec, num_stages: int, rows: int = 32, *, mtp: bool = False) -> list[int]:
-    """Layers of each stage such that the slowest decode step of `rows` rows is fastest. A step reads each weight of dense
-    layers once, of experts those that its rows go to, the head once, and of the embedding only its rows' vectors: so the head
-    weighs on the last stage and the embedding on none. It reads and writes each row's states. Where a head drafts (`mtp`), every
-    step passes through it once; further drafts are made where steps are small, and not counted.
-
-    SmolLM2-135M (30 layers; the head weighs as much as 8): [19, 11].
-    """
-    if num_stages > spec.num_layers:
-        raise Refusal(
-            f"{num_stages} stages for {spec.num_layers} layers",
-            why="every stage needs a layer",
-            fix=f"set pipeline_parallel_size to at most {spec.num_layers}",
-        )
-    share, item_bytes = touched(spec, rows), spec.item_bytes
-    state = 2 * rows * layer_state_bytes(spec, ALONE, item_bytes) if any(spec.linear) else 0
-
-    def read(params: LayerParams) -> int:
-        return round(read_params(params, share)) * item_bytes
-
-    each = [Kind.of(spec, layer) for layer in range(spec.num_layers)]
-    costs = [read(layer_params(spec, kind)) + state * kind.linear for kind in each]
-    tail = spec.vocab_size * spec.hidden * item_bytes + mtp * read(mtp_params(spec))
-    return balance(costs, tail, num_stages)
-
-
-def balance(costs: list[int], tail: int, num_stages: int) -> list[int]:
-    """Cut `costs` into runs, each not empty, with `tail` on the last, so that the dearest is cheapest and, among those, the
-    squares sum to least. Exact, by dynamic programming; O(num_stages * len(costs)^2).
-
-    balance([1, 1, 1, 1], 2, 2) == [3, 1]
-    """
-    prefix = [0]
-    for cost in costs:
-        prefix.append(prefix[-1] + cost)
-
-    @cache
-    def best(start: int, stages: int) -> tuple[int, int, tuple[int, ...]]:  # (dearest, sum of squares, layers of each)
-        if stages == 1:
-            load = prefix[-1] - prefix[start] + tail
-            return load, load * load, (len(costs) - start,)
-        choices = []
-        for end in range(start + 1, len(costs) - stages + 2):
-            load = prefix[end] - prefix[start]
-            dearest, squares, cut = best(end, stages - 1)
-            choices.append((max(load, dearest), load * load + squares, (end - start, *cut)))
-        return min(choices)
-
-    return list(best(0, num_stages)[2])

@@ -17,17 +17,14 @@ from trireme.models.cost import (
     kv_bytes_per_token,
     layer_params,
     mtp_params,
-    num_attention_layers,
-    num_linear_layers,
     rank_param_bytes,
-    read_params,
     state_bytes,
-    touched,
     vocabulary_rows,
 )
 from trireme.models.hardware import Device
 from trireme.models.spec import Spec
 from trireme.models.wire import edge_bytes, stage_wire
+from trireme.models.work import Load, Work, head_work, layer_work
 from trireme.parallel.plan import Plan
 
 
@@ -166,7 +163,8 @@ def forecast(spec: Spec, plan: Plan, settings: Settings, device: Device, demand:
 
 @dataclass(frozen=True)
 class _Clock:
-    """Seconds of steps, by whichever takes longest of products and memory, and then the wire: nothing overlaps it."""
+    """Seconds of steps: of one part after another, each by whichever takes longer of products and memory, and then of the wire:
+    nothing overlaps it."""
 
     spec: Spec
     plan: Plan
@@ -174,56 +172,26 @@ class _Clock:
     item_bytes: int
 
     def step(self, stage: int, rows: int, sequences: int, keys: int, regime: Regime) -> float:
-        """Of `rows` rows of `sequences` sequences, each row seeing `keys` keys (sliding windows are not counted), in a stage."""
-        compute = max(
-            self._flops(stage, rows, sequences, keys, regime) / self.device.flops(self.item_bytes),
-            self._bytes(stage, rows, sequences, keys, regime) / (self.device.bandwidth * self.device.reach.bandwidth),
-        )
+        """Of `rows` rows of `sequences` sequences, each row seeing `keys` keys, in a stage."""
+        compute = sum(num * work.seconds(self.device, self.item_bytes) for work, num in self._parts(stage, rows, sequences, keys, regime))
         wire = stage_wire(self.spec, self.plan, stage, rows, regime, self.item_bytes, sequences)
         edge = edge_bytes(self.spec, self.plan, rows, regime, self.item_bytes) if stage < self.plan.pp - 1 else 0
         link = self.device.link * self.device.reach.link
         return compute + (wire.num_bytes + edge) / link + wire.calls * self.device.reach.collective_s
 
-    def _flops(self, stage: int, rows: int, sequences: int, keys: int, regime: Regime) -> float:
-        """Two for each number and row, and four for each key and number of a query: scores, and values by them. A row of the
-        delta rule meets each number of a state three times; along cp the state is wider by what it would do to any other."""
-        spec, shares = self.spec, Shares.of(self.plan, self.spec)
-        near = rows / self.plan.cp if regime.cp else rows
-        picks = self._seen(rows, regime) * spec.num_experts_per_tok / self.plan.ep
-        attended = num_attention_layers(spec, self.plan, stage) * (spec.num_heads // shares.heads) * spec.head_dim
-        total = 4 * near * keys * attended + near * num_linear_layers(spec, self.plan, stage) * self._delta_flops(regime)
-        for params, num in self._parts(stage):
-            total += 2 * num * (near * (params.mixer + params.mlp) + picks * params.expert)
-        return total + 2 * sequences * self._head(stage)
+    def _parts(self, stage: int, rows: int, sequences: int, keys: int, regime: Regime) -> list[tuple[Work, int]]:
+        """Layers of a stage, and how many there are of each; the head that drafts is one more, and on the last stage there is the
+        head, of the rank that has most of it."""
+        spec, plan, shares = self.spec, self.plan, Shares.of(self.plan, self.spec)
+        seen = rows / plan.moe_dp if regime.cp else rows
+        picked = seen * spec.num_experts_per_tok / plan.ep
+        load = Load(rows / plan.cp if regime.cp else rows, keys, sequences, sequences, seen, picked, regime.cp)
 
-    def _bytes(self, stage: int, rows: int, sequences: int, keys: int, regime: Regime) -> float:
-        """Weights once, each sequence's keys and values, and its states there and back."""
-        spec = self.spec
-        share = touched(spec, round(self._seen(rows, regime)))
-        numbers = sum(num * read_params(params, share) for params, num in self._parts(stage))
-        cached = keys * kv_bytes_per_token(spec, self.plan, stage, self.item_bytes)
-        carried = 2 * state_bytes(spec, self.plan, stage, self.item_bytes)
-        return self.item_bytes * (numbers + self._head(stage)) + sequences * (cached + carried)
+        def layer(params: LayerParams, linear: bool) -> Work:
+            return layer_work(spec, params, linear=linear, shares=shares, load=load, item_bytes=self.item_bytes)
 
-    def _delta_flops(self, regime: Regime) -> int:
-        """Of one row in one layer."""
-        if self.spec.delta is None:
-            return 0
-        delta = Shares.of(self.plan, self.spec).delta(self.spec)
-        width = delta.value_dim + regime.cp * delta.key_dim
-        return 6 * delta.num_value_heads * delta.key_dim * width
-
-    def _seen(self, rows: int, regime: Regime) -> float:
-        """Rows that one copy of the experts serves."""
-        return rows / self.plan.moe_dp if regime.cp else rows
-
-    def _parts(self, stage: int) -> list[tuple[LayerParams, int]]:
-        """Layers of a stage, and how many there are of each; the head that drafts is one more."""
-        spec, shares = self.spec, Shares.of(self.plan, self.spec)
-        found = [(layer_params(spec, kind, shares), num) for kind, num in kinds(spec, self.plan.layers(stage)).items()]
-        drafts = self.plan.mtp > 0 and stage == self.plan.pp - 1
-        return found + [(mtp_params(spec, shares), 1)] * drafts
-
-    def _head(self, stage: int) -> int:
-        """Numbers of the head, on the rank that has most of it."""
-        return vocabulary_rows(self.spec, self.plan, rank=0) * self.spec.hidden if stage == self.plan.pp - 1 else 0
+        parts = [(layer(layer_params(spec, kind, shares), kind.linear), num) for kind, num in kinds(spec, plan.layers(stage)).items()]
+        if stage == plan.pp - 1:
+            parts.append((head_work(spec, vocabulary_rows(spec, plan, rank=0), load, self.item_bytes), 1))
+            parts += [(layer(mtp_params(spec, shares), linear=False), 1)] * (plan.mtp > 0)
+        return parts

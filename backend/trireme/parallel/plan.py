@@ -9,7 +9,7 @@ from typing import Literal
 from trireme.core.refusal import Refusal
 from trireme.core.settings import Settings
 from trireme.core.step import Regime
-from trireme.models.cost import cut_layers
+from trireme.models.cut import cut_layers
 from trireme.models.spec import Spec
 
 
@@ -104,10 +104,10 @@ class Plan:
             raise Refusal(
                 f"layer_cut={cut} does not cut {spec.num_layers} layers into {num_stages} stages",
                 why="it names the layers of every stage, at least one each",
-                fix=f"use layer_cut={cut_layers(spec, num_stages, mtp=mtp > 0)}, or leave it out",
+                fix=f"use layer_cut={cut_layers(spec, settings, mtp=mtp > 0)}, or leave it out",
             )
         plan = cls(
-            layer_cut=tuple(cut or cut_layers(spec, num_stages, mtp=mtp > 0)),
+            layer_cut=tuple(cut or cut_layers(spec, settings, mtp=mtp > 0)),
             tp=settings.tensor_parallel_size,
             cp=settings.context_parallel_size,
             ep=settings.expert_parallel_size,

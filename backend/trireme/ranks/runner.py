@@ -30,7 +30,7 @@ from trireme.ranks.drafter import Drafter
 from trireme.ranks.fed import FedTokens
 from trireme.ranks.graphs import Graph, Graphs, Record, Recorder, shapes, why_none
 from trireme.ranks.logprobs import Prompts, Stretch
-from trireme.ranks.memory import Sizes, check_states, find_room, num_pages, num_snapshots
+from trireme.ranks.memory import Sizes, check_states, find_room, num_pages, num_snapshots, stock
 from trireme.ranks.mixtures import Mixtures
 from trireme.ranks.regimes import find_sp_from, largest_steps
 from trireme.ranks.routed import asked_rows, tell_routed
@@ -98,6 +98,9 @@ class Runner:
             self._log.info("graphs: %s", self.graphs)
         if self._mixtures is not None and (told := self._mixtures.begin(give_up)):
             self._log.info("%s", told)
+        settings = self._settings
+        edge = settings.max_num_batched_tokens * self.hidden * self.dtype.itemsize if settings.num_stages > 1 else 0
+        stock(self.room, settings.inflight * edge, self._device)
         self._fed.clear()
         self._sampler.clear()
         self._prompts.clear()
