@@ -100,7 +100,7 @@ class Runner:
             self._log.info("%s", told)
         settings = self._settings
         edge = settings.max_num_batched_tokens * self.hidden * self.dtype.itemsize if settings.num_stages > 1 else 0
-        stock(self.room, settings.inflight * edge, self._device)
+        stock(self.room, steps_in_flight(settings) * edge, self._device)
         self._fed.clear()
         self._sampler.clear()
         self._prompts.clear()
