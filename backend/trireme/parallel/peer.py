@@ -85,21 +85,29 @@ def meet_peers(
     with torch.cuda.device(device):  # a thread has a device of its own
         box = torch.full((2, size, _NUM_CELLS, cell), torch.iinfo(bits).min, dtype=bits, device=device)
         torch.cuda.synchronize()  # it is empty before anybody knows of it
-        others = [other for other in range(size) if other != place]
-        said = exchange("offered", msgspec.msgpack.encode(_offer(box, device, others)))
-        every, reason = [box] * size, ""
-        try:
-            for other in others:
-                every[other] = _mapped(msgspec.msgpack.decode(said[other]), place, device).view(bits).view(box.shape)
-        except (RuntimeError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-        reasons = [said.decode() for said in exchange("mapped", reason.encode())]
-        if any(reasons):
-            return next(filter(None, reasons))
+        mapped = map_others(box, place, size, device, exchange)
+        if isinstance(mapped, str):
+            return mapped
+        every = [mapped[other] if other != place else box for other in range(size)]
         given_up = torch.zeros(1, dtype=torch.int32, device=device)
         addresses = torch.tensor([*(each.data_ptr() for each in every), given_up.data_ptr()], device=device)
         turns = torch.zeros(_NUM_CELLS, dtype=torch.int32, device=device)
     return Peers(Boxes(place, every, addresses, turns, given_up), op, dtype, hidden)
+
+
+def map_others(memory: torch.Tensor, place: int, size: int, device: torch.device, exchange: Exchange) -> dict[int, torch.Tensor] | str:
+    """By place, the other ranks' tensors of the same shape and dtype, in this GPU's address space. Blocks until all members are here.
+    Or, on all of them, why they do not see each other's memory."""
+    others = [other for other in range(size) if other != place]
+    said = exchange("offered", msgspec.msgpack.encode(_offer(memory, device, others)))
+    found, reason = {}, ""
+    try:
+        for other in others:
+            found[other] = _mapped(msgspec.msgpack.decode(said[other]), place, device).view(memory.dtype).view(memory.shape)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+    reasons = [said.decode() for said in exchange("mapped", reason.encode())]
+    return next(filter(None, reasons), found)
 
 
 def find_most(peers: Peers, group: Group, device: torch.device, exchange: Exchange, limit_s: float, give_up: Callable[[], bool]) -> str:
