@@ -15,7 +15,8 @@ class Done:
 
     def mark(self, stream: torch.cuda.Stream) -> None:
         """All that the stream was given so far belongs to it."""
-        self._event = stream.record_event()
+        self._event = torch.cuda.Event()
+        self._event.record(stream)
 
     def wait(self) -> None:
         """What is computed from here on finds it."""

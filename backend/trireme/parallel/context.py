@@ -21,9 +21,9 @@ class Shared:
 class Context:
     """Pools stay whole on each rank: decode is not cut, and any later chunk finds its whole prefix.
 
-        this stream    keys, values | queries ............ | attention
-        beside it                   | all_gather, to pages |
-                                  aside                  wait
+    this stream    keys, values | queries ............ | attention
+    beside it                   | all_gather, to pages |
+                              aside                  wait
     """
 
     def __init__(self, collectives: Collectives):

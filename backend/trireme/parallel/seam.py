@@ -64,9 +64,7 @@ class Seam:
         self._weight, self._eps = weight, eps
         self._rms_norm, self._add_rms_norm, self._aside = rms_norm, add_rms_norm, collectives.aside
 
-    def __call__(
-        self, x: Iterable[torch.Tensor] | None, residual: Sequence[torch.Tensor], deal: Deal
-    ) -> tuple[Strips, list[torch.Tensor]]:
+    def __call__(self, x: Iterable[torch.Tensor] | None, residual: Sequence[torch.Tensor], deal: Deal) -> tuple[Strips, list[torch.Tensor]]:
         """(normed, residual) of x [N, H], strip by strip; None where the residual has it already, at a stage's first seam. Strips of x
         are computed here, where they are asked for."""
         given = repeat(None) if x is None else x

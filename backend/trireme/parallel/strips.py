@@ -55,5 +55,5 @@ class Strips:
         return strip.rows
 
 
-def joined(strips: Sequence[torch.Tensor]) -> torch.Tensor:
+def joined(strips: list[torch.Tensor]) -> torch.Tensor:
     return strips[0] if len(strips) == 1 else torch.cat(strips)
