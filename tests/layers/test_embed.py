@@ -14,6 +14,7 @@ from trireme.core.batch import Batch
 from trireme.layers.embed import Embed, Head
 from trireme.layers.param import Param
 from trireme.models.spec import Spec
+from trireme.parallel.strips import Strips
 
 HIDDEN = 12
 
@@ -56,6 +57,6 @@ def test_columns_of_the_head_beside_each_other_are_it(vocab: int, num_ranks: int
         head = Head(own, tied=embed.weight if tied else None)
         fill(head.proj.weight, whole)
         head.proj.prepare()
-        columns.append(head(x, batch_of(head_rows, head_rows)))
+        columns += head(Strips.of(x), batch_of(head_rows, head_rows))
     assert all(part.dtype == torch.float32 for part in columns)
     torch.testing.assert_close(torch.cat(columns, dim=1), x[head_rows] @ whole.T, atol=1e-5, rtol=1e-5)

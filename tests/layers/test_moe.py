@@ -23,6 +23,7 @@ from trireme.parallel.deal import Deal
 from trireme.parallel.layout import cut_of, home_of
 from trireme.parallel.plan import Plan
 from trireme.parallel.seam import Route
+from trireme.parallel.strips import Strips
 from trireme_kernels.choose import Choices
 
 SPEC = make_spec(tiny_config("qwen2_moe").to_dict())
@@ -47,6 +48,11 @@ def filled(rank_build: Build, map: np.ndarray | None = None) -> Moe:
     return moe
 
 
+def given(moe: Moe, x: torch.Tensor) -> torch.Tensor:
+    [rows] = moe(Strips.of(x), BATCH)
+    return rows
+
+
 @pytest.mark.parametrize("width", [0, 36, 35], ids=["no shared expert", "shared", "shared, not divided"])
 @pytest.mark.parametrize("experts", ["gathered", "dispatched"])
 @pytest.mark.parametrize(
@@ -65,14 +71,14 @@ def filled(rank_build: Build, map: np.ndarray | None = None) -> Moe:
 def test_ranks_together_give_what_one_gives(sizes: dict[str, Any], experts: str, width: int, num_rows: int):
     """In every regime, by way of the moves that seams would make."""
     spec, x = replace(SPEC, shared_intermediate=width), torch.randn(num_rows, SPEC.hidden)
-    check_ranks(spec, x, filled(build(spec))(x, BATCH), {**sizes, "experts": experts})
+    check_ranks(spec, x, given(filled(build(spec)), x), {**sizes, "experts": experts})
 
 
 @pytest.mark.parametrize("experts", ["gathered", "dispatched"])
 @pytest.mark.parametrize("sizes", [{"tp": 4, "ep": 4}, {"tp": 4, "ep": 2, "sp": True}, {"tp": 2, "cp": 2, "ep": 2, "moe_dp": 2}], ids=str)
 def test_copies_together_give_what_one_gives(sizes: dict[str, Any], experts: str):
     x = torch.randn(11, SPEC.hidden)
-    wanted, more = filled(build(SPEC))(x, BATCH), {**sizes, "experts": experts, "eplb": True, "num_redundant_experts": 4}
+    wanted, more = given(filled(build(SPEC)), x), {**sizes, "experts": experts, "eplb": True, "num_redundant_experts": 4}
     for seed in range(3):
         check_ranks(SPEC, x, wanted, more, random_map(SPEC.num_experts, SPEC.num_experts + 4, seed))
 
@@ -83,7 +89,7 @@ def test_a_fake_router_is_even():
     assert moe.loads is not None
     for num_rows in (1, 7, 64):
         moe.loads.zero_()
-        moe(torch.randn(num_rows, SPEC.hidden), BATCH)
+        given(moe, torch.randn(num_rows, SPEC.hidden))
         assert int(moe.loads.sum()) == num_rows * SPEC.num_experts_per_tok and int(moe.loads.max() - moe.loads.min()) <= 1
     weights, experts = route_evenly(torch.randn(50, 7), 3, True)
     assert torch.equal(weights.sum(1), torch.ones(50)) and all(len(set(row)) == 3 for row in experts.tolist())
@@ -116,7 +122,7 @@ def check_ranks(spec: Spec, x: torch.Tensor, wanted: torch.Tensor, sizes: dict[s
         collectives.begin(boards.groups(collectives))
         for deal, cut, there, back in routes:
             own = torch.from_numpy(deal.rows(cut))
-            torch.testing.assert_close(back(moe(there(x[own], deal), BATCH), deal), wanted[own], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(back(given(moe, there(x[own], deal)), deal), wanted[own], atol=1e-5, rtol=1e-5)
 
     on_every_rank(Plan(layer_cut=(1,), **sizes).ranks, run, boards)
 
@@ -127,9 +133,9 @@ def check_ranks(spec: Spec, x: torch.Tensor, wanted: torch.Tensor, sizes: dict[s
 def test_a_gpu_skips_rows_of_other_ranks(num_rows: int):
     """It sorts them behind its own and learns no count: what two ranks owe is what a CPU gives."""
     spec, x = replace(SPEC, shared_intermediate=0), torch.randn(num_rows, SPEC.hidden)
-    wanted, owed = filled(build(spec))(x, BATCH), torch.zeros_like(x)
+    wanted, owed = given(filled(build(spec)), x), torch.zeros_like(x)
     for rank in range(2):
         device = torch.device("cuda")
         rank_build = replace(build(spec, rank, tp=2, ep=2), device=device, choices=Choices(device, torch.float32))
-        owed += filled(rank_build)(x.to(device), BATCH).cpu()
+        owed += given(filled(rank_build), x.to(device)).cpu()
     torch.testing.assert_close(owed, wanted, atol=1e-4, rtol=1e-4)

@@ -20,6 +20,8 @@ DENSE = [
     Plan(layer_cut=(3, 2), tp=4, sp=True),
     Plan(layer_cut=(5,), cp=2),
     Plan(layer_cut=(2, 3), tp=2, cp=2, sp=True, whole_edges=True),
+    Plan(layer_cut=(3, 2), tp=2, sp=True, strip_rows=29),
+    Plan(layer_cut=(5,), tp=4, sp=True, whole_edges=True, strip_rows=20),
 ]
 MIXED = [
     Plan(layer_cut=(5,), tp=4, ep=2, sp=True),
@@ -28,6 +30,8 @@ MIXED = [
     Plan(layer_cut=(5,), tp=4, ep=4, sp=True, experts="dispatched"),
     Plan(layer_cut=(3, 2), tp=2, cp=2, ep=2, experts="dispatched"),
     Plan(layer_cut=(5,), tp=2, cp=2, ep=2, moe_dp=2, sp=True, experts="dispatched"),
+    Plan(layer_cut=(3, 2), tp=4, ep=2, sp=True, strip_rows=20),
+    Plan(layer_cut=(5,), tp=4, ep=2, sp=True, experts="dispatched", strip_rows=20),
 ]
 HYBRID = [
     Plan(layer_cut=(5,), tp=2),
@@ -36,6 +40,7 @@ HYBRID = [
     Plan(layer_cut=(5,), cp=2),
     Plan(layer_cut=(1, 4), cp=4),
     Plan(layer_cut=(1, 3, 1), tp=2, cp=2, sp=True, whole_edges=True),
+    Plan(layer_cut=(2, 3), tp=4, sp=True, strip_rows=29),
 ]
 HYBRID_MIXED = [
     Plan(layer_cut=(5,), cp=2, ep=2),
@@ -43,6 +48,7 @@ HYBRID_MIXED = [
     Plan(layer_cut=(5,), tp=2, ep=2),
     Plan(layer_cut=(5,), tp=4, ep=4),
     Plan(layer_cut=(2, 3), tp=2, ep=2, sp=True, experts="dispatched"),
+    Plan(layer_cut=(5,), tp=2, ep=2, sp=True, experts="dispatched", strip_rows=29),
 ]
 CASES = [
     *product(FAMILIES, DENSE),

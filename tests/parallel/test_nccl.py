@@ -125,11 +125,11 @@ def beside(place: int, store: Any, epoch: int, device: torch.device) -> int:
         counts, pages = [num_rows, 8192], torch.randperm(num_rows + 8192, device=device)
         shared = Shared(counts, pages, pages)
         mine = torch.full((counts[place], 2048), float(layer % 50 + 100 * place), device=device, dtype=torch.bfloat16) @ weight
-        with context.aside():
+        with context.aside() as written:
             pool.index_copy_(0, shared.pages, context.all_gather(mine, shared))
         for _ in range(3):
             torch.mm(torch.full_like(mine, -1), weight)  # memory that would be `mine`, were it given away
-        context.rejoin()
+        written.wait()
         came = torch.tensor([layer % 50, layer % 50 + 100.0], device=device).repeat_interleave(torch.tensor(counts, device=device))
         wrong += (pool.index_select(0, pages) != came[:, None]).sum()
     found = int(wrong)

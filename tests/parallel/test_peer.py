@@ -154,7 +154,8 @@ def seamed(place: int, store: Any, epoch: int, device: torch.device) -> tuple[fl
         results = []
         for peers_of in ({span: peers}, {}):
             collectives.begin({span: group}, peers_of)
-            results.append(seam(x.clone(), residual, deal))
+            normed, [summed] = seam([x.clone()], [residual], deal)
+            results.append((normed.whole(), summed))
         worst = max(worst, *((one - other).abs().max().item() for one, other in zip(*results, strict=True)))
     too_large = torch.empty(most + 1, dtype=dtype, device=device)
     collectives.begin({span: group}, {span: peers})

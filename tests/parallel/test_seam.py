@@ -33,15 +33,21 @@ def make(collectives: Collectives, have: Layout, regime: Regime, want: Layout, d
     )
 
 
+def cross(seam: Seam, x: torch.Tensor | None, residual: torch.Tensor, deal: Deal) -> tuple[torch.Tensor, torch.Tensor]:
+    normed, [summed] = seam(None if x is None else [x], [residual], deal)
+    return normed.whole(), summed
+
+
 def whole(x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     plan = Plan(layer_cut=(1,))
     seam = make(Collectives(Mesh(plan), 0), lay(tp=SUM), Regime(), lay())
-    return seam(x, residual, Deal(plan, 0, np.array(COUNTS)))
+    return cross(seam, x, residual, Deal(plan, 0, np.array(COUNTS)))
 
 
+@pytest.mark.parametrize(("strip_rows", "num_strips"), [(0, 1), (11, 1), (10, 2), (1, 2)])
 @pytest.mark.parametrize("regime", [Regime(), Regime(sp=True), Regime(cp=True), Regime(sp=True, cp=True)])
-def test_ranks_together_have_what_one_has(regime):
-    plan = Plan(layer_cut=(1,), tp=2, cp=2, sp=True)
+def test_ranks_together_have_what_one_has(regime, strip_rows, num_strips):
+    plan = Plan(layer_cut=(1,), tp=2, cp=2, sp=True, strip_rows=strip_rows)
     mesh, boards = Mesh(plan), Boards()
     shares = torch.randn(plan.tp, sum(COUNTS), HIDDEN)
     residual = torch.randn(sum(COUNTS), HIDDEN)
@@ -52,9 +58,12 @@ def test_ranks_together_have_what_one_has(regime):
         seam = make(collectives, lay(tp=SUM), regime, lay())
         collectives.begin(boards.groups(collectives))
         own, home = torch.from_numpy(deal.own()), torch.from_numpy(deal.rows(cut_of(home_of(regime), mesh)))
-        found = seam(shares[rank % plan.tp][own], residual[home], deal)
-        torch.testing.assert_close(found[0], normed[own])
-        torch.testing.assert_close(found[1], summed[home])
+        sizes, here = deal.sizes(()) if not regime.cp else [len(own)], residual[home].split(deal.sizes(cut_of(home_of(regime), mesh)))
+        assert len(sizes) == (num_strips if regime == Regime(sp=True) else 1)
+        found, strips = seam(shares[rank % plan.tp][own].split(sizes), here, deal)
+        assert found.sizes == sizes
+        torch.testing.assert_close(found.whole(), normed[own])
+        torch.testing.assert_close(torch.cat(strips), summed[home])
         return len(home)
 
     rows = on_every_rank(plan.ranks, run, boards)
@@ -65,7 +74,7 @@ def test_ranks_together_have_what_one_has(regime):
 def test_the_first_seam_of_a_stage_norms_what_came():
     plan, residual = Plan(layer_cut=(1,)), torch.randn(sum(COUNTS), HIDDEN)
     seam = make(Collectives(Mesh(plan), 0), lay(), Regime(), lay())
-    normed, same = seam(None, residual, Deal(plan, 0, np.array(COUNTS)))
+    normed, same = cross(seam, None, residual, Deal(plan, 0, np.array(COUNTS)))
     assert same is residual
     torch.testing.assert_close(normed, whole(torch.zeros_like(residual), residual)[0])
 
@@ -76,5 +85,5 @@ def test_the_norm_reads_the_rounded_sum():
     seam = make(Collectives(Mesh(plan), 0), lay(tp=SUM), Regime(), lay(), torch.bfloat16)
     x, residual = (torch.randn(sum(COUNTS), HIDDEN).to(torch.bfloat16) for _ in range(2))
     deal = Deal(plan, 0, np.array(COUNTS))
-    normed, summed = seam(x, residual, deal)
-    assert torch.equal(seam(None, summed, deal)[0], normed)
+    normed, summed = cross(seam, x, residual, deal)
+    assert torch.equal(cross(seam, None, summed, deal)[0], normed)

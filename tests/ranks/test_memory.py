@@ -28,7 +28,7 @@ def never() -> None:
 
 
 def room_of(sizes: Sizes, **values) -> Room:
-    return find_room(make_settings({"model": "m", **values}), CPU, sizes, largest=never, decode=never, num_graphs=0)
+    return find_room(make_settings({"model": "m", **values}), CPU, sizes, largest=never, decode=never, num_graphs=0, mailbox_bytes=0)
 
 
 def test_sizes_are_those_of_what_is_allocated():
@@ -92,7 +92,7 @@ def gpu(monkeypatch) -> torch.device:
 )
 def test_what_a_gpu_has_left_is_snapshots_and_pages(gpu, values, snapshots: int, pages: int):
     settings = make_settings({"model": "m", "max_num_seqs": 8, **values})
-    room = find_room(settings, gpu, Sizes(GIB, GIB, GIB), largest=never, decode=never, num_graphs=0)
+    room = find_room(settings, gpu, Sizes(GIB, GIB, GIB), largest=never, decode=never, num_graphs=0, mailbox_bytes=0)
     assert room.weights == (48 - settings.max_num_seqs) * GIB
     assert (room.snapshots // GIB, num_pages(room, Sizes(GIB, GIB, GIB), settings, 0)) == (snapshots, pages)
     assert f"states {settings.max_num_seqs}.00 GiB" in str(room)

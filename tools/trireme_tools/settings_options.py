@@ -60,6 +60,7 @@ FLAGS = {
     "expert_parallel_size": Flag("parts that the experts of a layer are dealt into", "--ep"),
     "moe_data_parallel_size": Flag("copies of the experts in a stage: 1 or cp", "--moe-dp"),
     "sequence_parallel": Flag("rows between layers cut over tp: off, on, or from how many rows of a step on", "--sp", _word_or_rows),
+    "strip_rows": Flag("with sp, a step of more rows passes in halves, sums of one beside products of the other; 0: never"),
     "experts": Flag("how rows and experts meet: gathered or dispatched"),
     "device": Flag("auto, cpu or cuda"),
     "devices": Flag('GPUs of the ranks of each stage, as "0,1;2,3"', read=_devices),

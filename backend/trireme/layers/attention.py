@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from trireme.core.batch import Batch
@@ -11,6 +13,7 @@ from trireme.layers.linear import Linear
 from trireme.layers.param import by_heads, by_rows, norm_weight
 from trireme.parallel.context import Context
 from trireme.parallel.layout import SUM, lay
+from trireme.parallel.strips import Strips
 
 
 class Attention(Block):
@@ -54,26 +57,26 @@ class Attention(Block):
     def within(self, regime: Regime) -> tuple[str, ...]:
         return ("all_gather cp",) if regime.cp else ()
 
-    def forward(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def forward(self, x: Strips, batch: Batch) -> Iterator[torch.Tensor]:
         q, gates = self.write(x, batch)
         rows = batch.attention[self.window](q, *batch.caches[self.cache])
         for gate in gates:
             rows = self.sigmoid_mul(rows, gate)
-        return self.out(rows.view(x.shape[0], -1))
+        return map(self.out, rows.flatten(1).split(x.sizes))
 
-    def write(self, x: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def write(self, x: Strips, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Keep the rows' keys and values; (queries, their gates where there are any), [N, Hq, D] each."""
         pools, shared = batch.caches[self.cache], batch.shared
         if shared is None:
-            return self._place(self.qkv(x), [*self._q_heads, *self._kv_heads], batch.positions, batch.pages, pools)
+            return self._place(self.qkv.joined(x), [*self._q_heads, *self._kv_heads], batch.positions, batch.pages, pools)
         num_columns = sum(self._q_heads) * self._dim
-        products = self.qkv.parts(x, (slice(num_columns, None), slice(0, num_columns)))
+        products = self.qkv.parts(x.whole(), (slice(num_columns, None), slice(0, num_columns)))
         mine = next(products)  # keys and values as they come: each rank turns and writes those of all
-        with self.context.aside():
+        with self.context.aside() as written:
             every = self.context.all_gather(mine, shared)
             self._place(every, [*[0] * len(self._q_heads), *self._kv_heads], shared.positions, shared.pages, pools)
         placed = self._place(next(products), [*self._q_heads, 0, 0], batch.positions, batch.pages, pools)
-        self.context.rejoin()
+        written.wait()
         return placed
 
     def _place(

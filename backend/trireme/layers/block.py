@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -17,8 +17,10 @@ from trireme.layers.rope import cos_sin
 from trireme.models.spec import Spec
 from trireme.parallel.collectives import Collectives
 from trireme.parallel.layout import Layout, lay
+from trireme.parallel.mail import Mailbox
 from trireme.parallel.mesh import Mesh
 from trireme.parallel.plan import Plan
+from trireme.parallel.strips import Strips
 from trireme_kernels.choose import Choices
 
 
@@ -47,9 +49,12 @@ class Build:
     @cached_property
     def collectives(self) -> Collectives:
         """This rank's groups in its stage; each epoch fills them anew."""
-        shares_memory = self.device.type == "cuda" and self.plan.ranks > 1
-        peer_sum = self.choices("peer_sum", hidden=self.spec.hidden) if shares_memory else None
-        return Collectives(Mesh(self.plan), self.rank, self.device, peer_sum)
+        plan, hidden = self.plan, self.spec.hidden
+        if self.device.type != "cuda" or plan.ranks == 1:
+            return Collectives(Mesh(plan), self.rank, self.device)
+        mails = plan.sp and plan.strip_rows > 0
+        mailbox = Mailbox(self.rank % plan.tp, plan.tp, plan.strip_rows, hidden, self.dtype, self.device) if mails else None
+        return Collectives(Mesh(plan), self.rank, self.device, self.choices("peer_sum", hidden=hidden), mailbox)
 
     @cached_property
     def cos_sin(self) -> torch.Tensor:
@@ -124,7 +129,8 @@ class PerRequest:
 
 
 class Block(nn.Module):
-    """Takes normed rows [N, H] laid out as `takes`, gives rows [N, H] laid out as `gives`; `norm` is the seam's before it."""
+    """Takes normed rows [N, H] laid out as `takes`, gives rows [N, H] laid out as `gives`, strip by strip; `norm` is the seam's
+    before it. What it gives of a strip is computed when it is asked for."""
 
     takes: Layout = lay()
     gives: Layout = lay()
@@ -140,5 +146,5 @@ class Block(nn.Module):
         """Collectives that it has made between its seams, by objects that it was given."""
         return ()
 
-    def forward(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def forward(self, x: Strips, batch: Batch) -> Iterable[torch.Tensor]:
         raise NotImplementedError

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -11,6 +13,7 @@ from trireme.layers.block import Block, Build
 from trireme.layers.linear import Linear
 from trireme.layers.param import Param, norm_weight, vocabulary
 from trireme.parallel.layout import SUM, WHOLE, lay
+from trireme.parallel.strips import Strips
 
 
 class Embed(nn.Module):
@@ -50,8 +53,8 @@ class Head(Block):
         self.proj = Linear(build, spec.vocab_size, spec.hidden, vocabulary("tp", spec.vocab_size), tied=tied)
         self._num_logits = self.proj.weight.shape[0]
 
-    def forward(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
-        return self.logits(x.index_select(0, batch.head_rows))
+    def forward(self, x: Strips, batch: Batch) -> Sequence[torch.Tensor]:
+        return [self.logits(x.whole().index_select(0, batch.head_rows))]
 
     def logits(self, rows: torch.Tensor) -> torch.Tensor:
         """Of normed rows [R, H]."""

@@ -10,6 +10,7 @@ from torch import nn
 
 from trireme.layers.block import Build
 from trireme.layers.param import Cut, Param
+from trireme.parallel.strips import Strips, joined
 
 # oneDNN takes its fast path from here on; one row padded to four costs less than one row (measured, AVX-512, float32).
 _MIN_PACKED_ROWS = 4
@@ -38,6 +39,19 @@ class Linear(nn.Module):
         if fits and torch.backends.mkldnn.is_available():
             self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.data, None)
             del self.weight
+
+    def joined(self, x: Strips) -> torch.Tensor:
+        """Each strip's product once the strip is here, in one tensor of all rows."""
+        if self._packed is not None or len(x.sizes) == 1:
+            return joined([self(rows) for rows in x])
+        columns = self.weight.t()  # strips are large, and so torch's to multiply
+        whole = columns.new_empty(sum(x.sizes), columns.shape[1])
+        for rows, out in zip(x, whole.split(x.sizes), strict=True):
+            if self.bias is None or not self._adds_bias:
+                torch.mm(rows, columns, out=out)
+            else:
+                torch.addmm(self.bias, rows, columns, out=out)
+        return whole
 
     def parts(self, x: torch.Tensor, columns: Sequence[slice]) -> Iterator[torch.Tensor]:
         """Columns of x [T, in] -> [T, out], each part by a product of its own once it is asked for; of a packed weight by one for all."""

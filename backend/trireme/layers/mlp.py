@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from trireme.core.batch import Batch
@@ -9,6 +11,7 @@ from trireme.layers.block import Block, Build
 from trireme.layers.linear import Linear
 from trireme.layers.param import by_columns, by_rows, norm_weight
 from trireme.parallel.layout import SUM, lay
+from trireme.parallel.strips import Strips
 
 
 class GatedMlp(Block):
@@ -24,5 +27,5 @@ class GatedMlp(Block):
         self.down = Linear(build, hidden, intermediate, by_rows("tp", intermediate), bias=bias)
         self.silu_mul = build.choices("silu_mul", intermediate=intermediate)
 
-    def forward(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
-        return self.down(self.silu_mul(self.gate_up(x)))
+    def forward(self, x: Strips, batch: Batch) -> Iterator[torch.Tensor]:
+        return (self.down(self.silu_mul(self.gate_up(rows))) for rows in x)

@@ -3,7 +3,7 @@ rows reach their slots is parallel/experts'."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from trireme.layers.linear import Linear
 from trireme.layers.param import Param, by_columns, by_rows, by_slots, norm_weight
 from trireme.parallel.experts import Ops, make_strategy
 from trireme.parallel.placement import Placement
+from trireme.parallel.strips import Strips
 from trireme_kernels.combine_experts.op import Shared
 from trireme_kernels.sort_by_slot.op import Pairs
 
@@ -67,7 +68,10 @@ class Moe(Block):
     def within(self, regime: Regime) -> tuple[str, ...]:
         return self.strategy.within
 
-    def forward(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def forward(self, x: Strips, batch: Batch) -> Sequence[torch.Tensor]:
+        return self._mix(x.whole(), batch).split(x.sizes)
+
+    def _mix(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
         weights, experts = self.route(self.router(x), self._top_k, self._renormalise)
         if batch.routed is not None:
             batch.routed.append(experts.to(torch.int16))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -170,15 +170,18 @@ class Decoder(nn.Module):
             normed, residual = seam(x, residual, deal)
             del x  # what the block computes may lie in its place
             x = block(normed, batch)
-        assert x is not None, "a stage has blocks"
-        return Computed(x, normed) if walk.settle is None else Computed(walk.leave(residual + walk.settle(x, deal), deal))
+        assert x is not None and normed is not None, "a stage has blocks"
+        if not self.build.last:
+            return Computed(walk.end(x, residual, deal))
+        [logits] = x
+        return Computed(logits, normed.whole())
 
-    def _enter(self, walk: Walk, batch: Batch, deal: Deal, rows: torch.Tensor | None) -> torch.Tensor:
-        """The residual at home. Apart from forward, so that nothing keeps the rows from which it is cut."""
+    def _enter(self, walk: Walk, batch: Batch, deal: Deal, rows: torch.Tensor | None) -> Sequence[torch.Tensor]:
+        """The residual at home, by strips. Apart from forward, so that nothing keeps the rows from which it is cut."""
         if self.embed is not None:
             rows = self.embed(batch)
         assert rows is not None, "a later stage takes rows"
-        return walk.enter(rows, deal)
+        return walk.strips(walk.enter(rows, deal), deal)
 
     def inner_seams(self, deal: Deal) -> Callable[[], None]:
         """As Walk says, in the regime of the deal."""

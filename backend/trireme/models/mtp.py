@@ -3,7 +3,7 @@ and what becomes of its drafts, is ranks/drafter's."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -24,6 +24,7 @@ from trireme.models.walk import Walk
 from trireme.parallel.deal import Deal
 from trireme.parallel.layout import WHOLE, home_of, lay
 from trireme.parallel.seam import Route
+from trireme.parallel.strips import Strips
 
 # The embedding is the model's: a stage that has none reads it once more.
 _NAMES = table("""
@@ -80,10 +81,11 @@ class MtpHead(nn.Module):
         """The decoder's rows [T, H] of a step -> the head's [T, H]; batch.tokens are the next ones. All ranks have all rows."""
         x, residual = None, self._enter(normed, batch, deal)
         for seam, block in self._walks[deal.regime].blocks:
-            x, residual = seam(x, residual, deal)
-            x = block(x, batch)
+            taken, residual = seam(x, residual, deal)
+            x = block(taken, batch)
         assert x is not None, "a head has blocks"
-        return x
+        [rows] = x
+        return rows
 
     def keep(self, normed: torch.Tensor, batch: Batch, deal: Deal) -> None:
         """Only keys and values, for rows from which nothing is drafted; batch.attention is not read."""
@@ -99,10 +101,11 @@ class MtpHead(nn.Module):
         """Collectives of `forward`, as Walk says them."""
         yield from self._walks[regime].lines("mtp.enter")
 
-    def _enter(self, normed: torch.Tensor, batch: Batch, deal: Deal) -> torch.Tensor:
-        """The residual at home."""
-        embedded = self._walks[deal.regime].enter(self.embed(batch), deal)
-        return self.join(embedded, self._home[deal.regime](normed, deal))
+    def _enter(self, normed: torch.Tensor, batch: Batch, deal: Deal) -> Sequence[torch.Tensor]:
+        """The residual at home, by strips."""
+        walk = self._walks[deal.regime]
+        embedded = walk.enter(self.embed(batch), deal)
+        return walk.strips(self.join(embedded, self._home[deal.regime](normed, deal)), deal)
 
 
 class Join(nn.Module):
@@ -130,5 +133,5 @@ class Out(Block):
         super().__init__("mtp.out")
         self.norm = norm_weight(build, build.spec.hidden)
 
-    def forward(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
-        return x
+    def forward(self, x: Strips, batch: Batch) -> Sequence[torch.Tensor]:
+        return [x.whole()]

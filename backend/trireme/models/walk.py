@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
@@ -12,6 +12,7 @@ from trireme.layers.embed import Embed
 from trireme.parallel.deal import Deal
 from trireme.parallel.layout import WHOLE, Layout, cut_of, home_of, lay
 from trireme.parallel.seam import Route, Seam
+from trireme.parallel.strips import joined
 
 
 class Walk:
@@ -33,11 +34,22 @@ class Walk:
         self.settle = None if build.last else Route(have[-1], home, collectives)
         self.leave = Route(home, edge, collectives)
 
+    def strips(self, residual: torch.Tensor, deal: Deal) -> Sequence[torch.Tensor]:
+        """The residual at home, as seams take it."""
+        return residual.split(deal.sizes(self._home))
+
+    def end(self, x: Iterable[torch.Tensor], residual: Sequence[torch.Tensor], deal: Deal) -> torch.Tensor:
+        """The residual with what the last block gives, as it is handed on."""
+        given = [*x]  # all strips: nothing is aside any more
+        assert self.settle is not None, "the last stage hands nothing on"
+        summed = [before + self.settle(rows, strip) for strip, rows, before in zip(deal.strips, given, residual, strict=True)]
+        return self.leave(joined(summed), deal)
+
     def inner_seams(self, deal: Deal) -> Callable[[], None]:
         """What passes rows that mean nothing over two seams between blocks, a layer's, and computes nothing else: to be timed."""
         seams = [(seam, cut) for (seam, _), cut in zip(self.blocks, self._have, strict=False)][1:3]
-        given = [(seam, self._zeros(len(deal.rows(cut)))) for seam, cut in seams]
-        residual = self._zeros(len(deal.rows(self._home)))
+        given = [(seam, self._zeros(deal.sizes(cut))) for seam, cut in seams]
+        residual = self._zeros(deal.sizes(self._home))
 
         def run() -> None:
             for seam, x in given:
@@ -45,8 +57,8 @@ class Walk:
 
         return run
 
-    def _zeros(self, num_rows: int) -> torch.Tensor:
-        return torch.zeros(num_rows, self._build.spec.hidden, dtype=self._build.dtype, device=self._build.device)
+    def _zeros(self, sizes: list[int]) -> Sequence[torch.Tensor]:
+        return torch.zeros(sum(sizes), self._build.spec.hidden, dtype=self._build.dtype, device=self._build.device).split(sizes)
 
     def lines(self, enter: str = "enter") -> Iterator[str]:
         """Collectives in the order in which a step makes them: before each block, and inside it. `enter`: what the way in is called."""

@@ -10,9 +10,11 @@ from types import MappingProxyType
 
 import torch
 
+from trireme.parallel.aside import Aside
 from trireme.parallel.comm import Group, LinkLost
 from trireme.parallel.deal import Deal
 from trireme.parallel.layout import Move
+from trireme.parallel.mail import Mail, Mailbox
 from trireme.parallel.mesh import Mesh, Span
 from trireme.parallel.peer import Peers, PeerSum
 
@@ -49,12 +51,12 @@ class Along:
         return highest, ids.masked_fill(values.view(torch.float32) < highest, torch.iinfo(torch.int32).max).amin(dim=0).long()
 
     def all_gather(self, x: torch.Tensor, counts: list[int]) -> torch.Tensor:
-        """[counts[place], ...] -> [sum of counts, ...], in the order of places."""
-        return x if self.size == 1 else self._group.all_gather(x, counts)
+        """[counts[place], ...] -> [sum of counts, ...], in the order of places; where mail carries them, to be read as soon as it says."""
+        return x if self.size == 1 else self._carrier(x, counts).all_gather(x, counts)
 
     def reduce_scatter(self, x: torch.Tensor, counts: list[int]) -> torch.Tensor:
         """[sum of counts, ...] -> this place's [counts[place], ...], summed in the order of places."""
-        return x if self.size == 1 else self._group.reduce_scatter(x, counts)
+        return x if self.size == 1 else self._carrier(x, counts).reduce_scatter(x, counts)
 
     def all_to_all(self, x: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
         """Runs of rows to each place, [sum of sent, ...] -> [sum of received, ...]."""
@@ -71,6 +73,11 @@ class Along:
             self._owner.drop(self._span, group)
             raise
 
+    def _carrier(self, x: torch.Tensor, counts: list[int]) -> Group | Mail:
+        """The same on all ranks."""
+        mail = self._owner.mail(self._span)
+        return mail if mail is not None and mail.takes(x, counts) else self._group
+
     @property
     def _group(self) -> Group:
         return self._owner.group(self._span)
@@ -78,14 +85,22 @@ class Along:
 
 class Collectives:
     """`along` what the model needs while it is built; `begin` an epoch with a group for each of `spans`; `leave` it. `peer_sum`: the
-    op by which few rows are summed in memory that ranks share, where they have any."""
+    op by which few rows are summed in memory that ranks share, where they have any; `mailbox`: such memory for many rows, along tp."""
 
-    def __init__(self, mesh: Mesh, rank: int, device: torch.device | str = "cpu", peer_sum: PeerSum | None = None):
+    def __init__(
+        self,
+        mesh: Mesh,
+        rank: int,
+        device: torch.device | str = "cpu",
+        peer_sum: PeerSum | None = None,
+        mailbox: Mailbox | None = None,
+    ):
         self.mesh, self.rank = mesh, rank  # inside the stage
-        self.device, self.peer_sum = torch.device(device), peer_sum
+        self.device, self.peer_sum, self.mailbox = torch.device(device), peer_sum, mailbox
         self._needed: set[Span] = set()
         self._groups: Mapping[Span, Group] = {}
         self._peers: Mapping[Span, Peers] = {}
+        self._mail: Mail | None = None
 
     @property
     def spans(self) -> list[Span]:
@@ -93,10 +108,9 @@ class Collectives:
         return sorted(self._needed)
 
     @cached_property
-    def side(self) -> torch.cuda.Stream | None:
-        """A stream beside the one that computes, and ahead of it where both want the device; None on a CPU. One for all layers, since
-        memory that a stream has freed is kept for that stream."""
-        return torch.cuda.Stream(self.device, priority=-1) if self.device.type == "cuda" else None
+    def aside(self) -> Aside:
+        """Of all layers."""
+        return Aside(self.device)
 
     def along(self, span: Span | str, use: str = "") -> Along:
         """The ranks along a span, or along a named axis of the mesh. `use`: see Span."""
@@ -105,9 +119,9 @@ class Collectives:
             self._needed.add(span)
         return Along(self, span, self.rank)
 
-    def begin(self, groups: Mapping[Span, Group], peers: Mapping[Span, Peers] = MappingProxyType({})) -> None:
+    def begin(self, groups: Mapping[Span, Group], peers: Mapping[Span, Peers] = MappingProxyType({}), mail: Mail | None = None) -> None:
         assert set(groups) == self._needed, "a group for each span"
-        self._groups, self._peers = groups, peers
+        self._groups, self._peers, self._mail = groups, peers, mail
 
     def drop(self, span: Span, group: Group) -> None:
         """Close one group ahead of the others, if it is still the span's."""
@@ -119,20 +133,26 @@ class Collectives:
         """The epoch is over: no kernel need wait any longer for other ranks' memory. What is computed from now on is nothing."""
         for peers in self._peers.values():
             peers.give_up()
+        if self._mail is not None:
+            self._mail.give_up()
 
     def leave(self) -> None:
         """Drop the epoch's groups, which frees ranks that wait in them."""
         self.give_up()
-        groups, self._groups, peers, self._peers = self._groups, {}, self._peers, {}
+        groups, self._groups, shared, self._peers, self._mail = self._groups, {}, [*self._peers.values(), self._mail], {}, None
         for group in groups.values():
             group.close()
-        if peers:
+        if any(shared) and self.device.type == "cuda":
             with suppress(torch.AcceleratorError):  # of a device that is lost, whose process ends anyway
-                torch.cuda.synchronize(self.device)  # no kernel uses their memory when it goes; each of them ends by itself now
+                torch.cuda.synchronize(self.device)  # nothing uses their memory when it goes; each kernel ends by itself now
 
     def peers(self, span: Span) -> Peers | None:
         """Nobody else keeps them, so that `leave` drops them."""
         return self._peers.get(span)
+
+    def mail(self, span: Span) -> Mail | None:
+        """Likewise."""
+        return self._mail if span == self.mesh.spans["tp"] else None
 
     def group(self, span: Span) -> Group:
         """Nobody else keeps it, so that `leave` drops it. LinkLost between epochs."""

@@ -31,14 +31,42 @@ class Deal:
 
     Where a cut reaches beyond tp, each item is cut zig-zag over cp (or, in a step without context parallelism, the step's rows
     as one); then the rows of each shard are cut over tp, in blocks that are equal but for the last.
+
+    A step in strips is dealt out strip by strip, and what a rank has of them stands one behind the other:
+
+        rows        0 1 2 3 4 5 6 7 | 8 9 10 11 12 13 14 15
+        rank 0      0 1 2 3           8 9 10 11
+        rank 1              4 5 6 7             12 13 14 15
     """
 
-    def __init__(self, plan: Plan, rank: int, counts: np.ndarray, regime: Regime = Regime(), device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        plan: Plan,
+        rank: int,
+        counts: np.ndarray,
+        regime: Regime = Regime(),
+        device: torch.device | str = "cpu",
+        *,
+        in_strips: bool = True,
+    ):
         self.regime = regime
         self.num_rows = int(counts.sum())
-        self._plan, self._rank, self._counts, self._device = plan, rank, counts, device
+        self._plan, self._rank, self._counts, self._device, self._in_strips = plan, rank, counts, device, in_strips
         self._rows: dict[tuple[Cut, int], np.ndarray] = {}
         self._paths: dict[Move, Path] = {}
+
+    @cached_property
+    def strips(self) -> tuple[Deal, ...]:
+        """The step's rows run after run, each dealt out as a step of one item; itself where there is one run."""
+        sizes = self._plan.strips(self.num_rows, self.regime) if self._in_strips else ()
+        if len(sizes) < 2:
+            return (self,)
+        runs = [np.array([size], np.int32) for size in sizes]
+        return tuple(Deal(self._plan, self._rank, run, self.regime, self._device, in_strips=False) for run in runs)
+
+    def sizes(self, cut: Cut) -> list[int]:
+        """This rank's rows of each strip under a cut."""
+        return [len(strip.rows(cut)) for strip in self.strips]
 
     @cached_property
     def chunks(self) -> Chunks:
@@ -74,6 +102,9 @@ class Deal:
         return np.arange(min(place * size, self.num_rows), min((place + 1) * size, self.num_rows))
 
     def _cut(self, cut: Cut, rank: int) -> np.ndarray:
+        if len(self.strips) > 1:
+            firsts = np.cumsum([0, *(strip.num_rows for strip in self.strips[:-1])])
+            return np.concatenate([first + strip.rows(cut, rank) for first, strip in zip(firsts, self.strips, strict=True)])
         tp, ranks = self._plan.tp, self._plan.ranks
         alike = [other for other in range(ranks) if all(span.place(other) == span.place(rank) for span in cut)]
         places = sorted({other // tp for other in alike}) if any(span.high > tp for span in cut) else None

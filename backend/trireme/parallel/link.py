@@ -22,6 +22,7 @@ from trireme.core.log import logger
 from trireme.core.settings import Settings
 from trireme.parallel.collectives import Collectives
 from trireme.parallel.comm import Group, LinkLost, Pair, exchange, form_group, make_unless, meet, reach_store
+from trireme.parallel.mail import Mail
 from trireme.parallel.mesh import Span
 from trireme.parallel.peer import Peers, find_most, meet_peers
 
@@ -97,7 +98,16 @@ def form_link(
         log.info("sums of %s: %s", name, find_most(peers, group, device, tell, limit_s, given_up))
         return peers if peers.most else None
 
-    def form(given_up: Callable[[], bool]) -> tuple[dict[Span, Group], dict[Span, Peers], Link]:
+    def join_mail(span: Span, name: str) -> Mail | None:
+        op, mailbox = collectives.peer_sum, collectives.mailbox
+        if op is None or mailbox is None or span != collectives.mesh.spans["tp"]:
+            return None
+        mail = mailbox.meet(op, lambda about, said: exchange(meeting, epoch, f"{name}.{about}", mailbox.place, span.size, said))
+        told = f"not by mail: {mail}" if isinstance(mail, str) else "by mail"
+        logger(f"stage_{stage} rank {rank}").info("rows of large steps along %s: %s", name, told)
+        return None if isinstance(mail, str) else mail
+
+    def form(given_up: Callable[[], bool]) -> tuple[dict[Span, Group], dict[Span, Peers], Mail | None, Link]:
         """Every rank forms its groups in this order, and then its pairs, so none waits in a circle."""
 
         def pair(name: str, side: int) -> Pair:
@@ -105,23 +115,25 @@ def form_link(
 
         groups: dict[Span, Group] = {}
         peers: dict[Span, Peers] = {}
+        mail: Mail | None = None
         for span in collectives.spans:
             name = f"stage_{stage}.{collectives.mesh.group_of(span, rank).name}"
             device = torch.device("cpu") if span.use else collectives.device  # beside the steps a GPU waits for no other
             groups[span] = form_group(meeting, epoch, name, span.place(rank), span.size, limit_s, device, given_up)
             if (joined := join_peers(span, name, groups[span], given_up)) is not None:
                 peers[span] = joined
+            mail = mail or join_mail(span, name)
         if num_stages == 1:
-            return groups, peers, SoloLink()
+            return groups, peers, mail, SoloLink()
         if settings.link == "tensor":
-            return groups, peers, TensorLink(stage, rank, hidden=hidden, dtype=dtype)
+            return groups, peers, mail, TensorLink(stage, rank, hidden=hidden, dtype=dtype)
         before = pair(f"edge_{stage - 1}", 1) if stage > 0 else None
         after = pair(f"edge_{stage}", 0) if stage < num_stages - 1 else None
         back = pair("return", 0 if stage else 1) if stage in (0, num_stages - 1) else None
-        return groups, peers, CollectiveLink(before, after, back, hidden=hidden, dtype=dtype)
+        return groups, peers, mail, CollectiveLink(before, after, back, hidden=hidden, dtype=dtype)
 
-    groups, peers, link = make_unless(give_up, form)
-    collectives.begin(groups, peers)
+    groups, peers, mail, link = make_unless(give_up, form)
+    collectives.begin(groups, peers, mail)
     return link
 
 

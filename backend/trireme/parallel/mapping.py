@@ -3,10 +3,29 @@ own. What they do there, and when, is for others to agree."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import msgspec
 import torch
+
+Exchange = Callable[[str, bytes], Sequence[bytes]]
+"""(name, what this place says) -> what every place of the group says under that name, by place."""
+
+
+def map_others(memory: torch.Tensor, place: int, size: int, device: torch.device, exchange: Exchange) -> dict[int, torch.Tensor] | str:
+    """By place, the other ranks' tensors of the same shape and dtype. Blocks until all members are here. Or, on all of them, why they
+    do not see each other's memory."""
+    others = [other for other in range(size) if other != place]
+    said = exchange("offered", msgspec.msgpack.encode(offer(memory, others)))
+    found, reason = {}, ""
+    try:
+        for other in others:
+            found[other] = mapped(msgspec.msgpack.decode(said[other]), place, device).view(memory.dtype).view(memory.shape)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+    reasons = [said.decode() for said in exchange("mapped", reason.encode())]
+    return next(filter(None, reasons), found)
 
 
 def offer(memory: torch.Tensor, others: Sequence[int]) -> dict[str, Any]:

@@ -8,18 +8,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
-import msgspec
 import torch
 
 from trireme.parallel.comm import Group, LinkLost, reach
-from trireme.parallel.mapping import mapped, offer
+from trireme.parallel.mapping import Exchange, map_others
 from trireme.parallel.timing import device_seconds
 
 _NUM_CELLS = 256  # rows of the largest sum
 _SIZES = (1, 4, 16, 64, 128, 256)  # rows at which both ways are timed
-
-Exchange = Callable[[str, bytes], Sequence[bytes]]
-"""(name, what this place says) -> what every place of the group says under that name, by place."""
 
 
 class PeerSum(Protocol):
@@ -86,17 +82,10 @@ def meet_peers(
     with torch.cuda.device(device):  # a thread has a device of its own
         box = torch.full((2, size, _NUM_CELLS, cell), torch.iinfo(bits).min, dtype=bits, device=device)
         torch.cuda.synchronize()  # it is empty before anybody knows of it
-        others = [other for other in range(size) if other != place]
-        said = exchange("offered", msgspec.msgpack.encode(offer(box, others)))
-        every, reason = [box] * size, ""
-        try:
-            for other in others:
-                every[other] = mapped(msgspec.msgpack.decode(said[other]), place, device).view(bits).view(box.shape)
-        except (RuntimeError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-        reasons = [said.decode() for said in exchange("mapped", reason.encode())]
-        if any(reasons):
-            return next(filter(None, reasons))
+        mapped = map_others(box, place, size, device, exchange)
+        if isinstance(mapped, str):
+            return mapped
+        every = [mapped[other] if other != place else box for other in range(size)]
         given_up = torch.zeros(1, dtype=torch.int32, device=device)
         addresses = torch.tensor([*(each.data_ptr() for each in every), given_up.data_ptr()], device=device)
         turns = torch.zeros(_NUM_CELLS, dtype=torch.int32, device=device)

@@ -25,6 +25,7 @@ class Plan:
     sp: bool = False  # whether some steps have the residual cut by rows over tp
     experts: Literal["gathered", "dispatched"] = "gathered"
     whole_edges: bool = False  # whether stages hand on every row, as the tensor link does, or each rank its own
+    strip_rows: int = 0  # where the residual is cut, a step of more rows passes in two strips (see strips.py); 0: none does
     mtp: int = 0  # drafts of a sequence at the most, by the checkpoint's own head; 0: it is not loaded
     eplb: bool = False  # whether the loads of experts are counted, and which slots hold which may change
     num_redundant_experts: int = 0  # slots of a layer beyond its experts
@@ -89,6 +90,13 @@ class Plan:
         """All that steps may name."""
         return tuple(Regime(sp, cp) for sp, cp in product((False, True)[: 1 + self.sp], (False, True)[: 1 + (self.cp > 1)]))
 
+    def strips(self, num_rows: int, regime: Regime) -> tuple[int, ...]:
+        """Rows of the runs in which a step passes its blocks. Of two the first is dealt out evenly."""
+        if not regime.sp or regime.cp or not self.strip_rows or num_rows <= max(self.strip_rows, self.tp):
+            return (num_rows,)
+        first = -(-num_rows // (2 * self.tp)) * self.tp
+        return first, num_rows - first
+
     def layers(self, stage: int) -> range:
         """Numbers of a stage's layers, in the whole model."""
         start = sum(self.layer_cut[:stage])
@@ -99,6 +107,7 @@ class Plan:
         """The plan that settings ask for. Refusal where the checkpoint cannot be spread so."""
         num_stages, cut = settings.pipeline_parallel_size, settings.layer_cut
         mtp, eplb = settings.mtp.num_drafts(spec.num_mtp_layers), settings.eplb
+        most_rows = settings.max_num_batched_tokens
         auto = "static" if settings.experts == "dispatched" else "dynamic"
         if cut is not None and (sum(cut) != spec.num_layers or min(cut) < 1):
             raise Refusal(
@@ -115,6 +124,7 @@ class Plan:
             sp=settings.sp_from is not None,
             experts=settings.experts,
             whole_edges=settings.link == "tensor",
+            strip_rows=min(max(settings.strip_rows, -(-most_rows // 2)), most_rows) if settings.strip_rows else 0,
             mtp=mtp,
             eplb=eplb is not None,
             num_redundant_experts=0 if eplb is None else eplb.num_redundant_experts,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from trireme.parallel.collectives import Collectives
+from trireme.parallel.mail import Mail
 
 
 class Rehearsed:
@@ -31,4 +32,5 @@ class Rehearsed:
 
 def rehearse(collectives: Collectives) -> None:
     """Fill every span of an epoch that is not one; `leave` ends it."""
-    collectives.begin({span: Rehearsed(span.place(collectives.rank)) for span in collectives.spans})
+    groups = {span: Rehearsed(span.place(collectives.rank)) for span in collectives.spans}
+    collectives.begin(groups, mail=None if collectives.mailbox is None else Mail(collectives.mailbox))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from itertools import repeat
 
 import torch
 
@@ -10,6 +11,7 @@ from trireme.parallel.collectives import Collectives, carry_out
 from trireme.parallel.deal import Deal
 from trireme.parallel.layout import Layout, moves
 from trireme.parallel.peer import Peers
+from trireme.parallel.strips import Coming, Strips
 
 
 class Route:
@@ -41,7 +43,8 @@ class Seam:
 
         have --settle--> home: residual + x, norm --spread--> want
 
-    The norm reads the rounded sum, so that a stage that receives the sum norms the same numbers.
+    The norm reads the rounded sum, so that a stage that receives the sum norms the same numbers. Of several strips each passes beside
+    what blocks compute of the next (see strips.py).
     """
 
     def __init__(
@@ -59,10 +62,25 @@ class Seam:
         self.settle = Route(have, home, collectives)
         self.spread = Route(home, want, collectives)
         self._weight, self._eps = weight, eps
-        self._rms_norm, self._add_rms_norm = rms_norm, add_rms_norm
+        self._rms_norm, self._add_rms_norm, self._aside = rms_norm, add_rms_norm, collectives.aside
 
-    def __call__(self, x: torch.Tensor | None, residual: torch.Tensor, deal: Deal) -> tuple[torch.Tensor, torch.Tensor]:
-        """(normed, residual) of x [N, H]; None where the residual has it already, at a stage's first seam."""
+    def __call__(self, x: Iterable[torch.Tensor] | None, residual: Sequence[torch.Tensor], deal: Deal) -> tuple[Strips, list[torch.Tensor]]:
+        """(normed, residual) of x [N, H], strip by strip; None where the residual has it already, at a stage's first seam. Strips of x
+        are computed here, where they are asked for."""
+        given = repeat(None) if x is None else x
+        if len(deal.strips) == 1:
+            normed, summed = self._cross(next(iter(given)), residual[0], deal)
+            return Strips.of(normed), [summed]
+        coming, summed = [], []
+        for strip, rows, before in zip(deal.strips, given, residual, strict=False):
+            with self._aside() as done:
+                normed, after = self._cross(rows, before, strip)
+            coming.append(Coming(normed, done, kept=(rows, before)))
+            summed.append(after)
+        return Strips(coming), summed
+
+    def _cross(self, x: torch.Tensor | None, residual: torch.Tensor, deal: Deal) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of one strip."""
         if x is None:
             normed = self._rms_norm(residual, self._weight, self._eps)
         elif (peers := self.settle.peers(x)) is not None:

@@ -80,21 +80,28 @@ def check_states(settings: Settings, device: torch.device, sizes: Sizes, stage: 
 
 
 def find_room(
-    settings: Settings, device: torch.device, sizes: Sizes, *, largest: Callable[[], None], decode: Callable[[], None], num_graphs: int
+    settings: Settings,
+    device: torch.device,
+    sizes: Sizes,
+    *,
+    largest: Callable[[], None],
+    decode: Callable[[], None],
+    num_graphs: int,
+    mailbox_bytes: int,
 ) -> Room:
     """With states of all slots in place. `largest` and `decode` compute the steps of the most rows, and those of the most sequences
-    that graphs hold."""
+    that graphs hold. The mailbox, too, is there for the largest steps alone."""
     states = settings.max_num_seqs * sizes.slot
     if device.type == "cpu":
         return Room(settings.kv_cache_memory_bytes or _CPU_BYTES, _snapshots(settings, sizes, _CPU_BYTES), states)
-    weights = torch.cuda.memory_allocated(device) - states
+    weights = torch.cuda.memory_allocated(device) - states - mailbox_bytes
     activations = _peak(largest, device)
     graphs = _peak(decode, device) + num_graphs * _GRAPH_BYTES if num_graphs else 0
     free, total = torch.cuda.mem_get_info(device)
     left = int(total * settings.gpu_memory_utilization) - (total - free) - activations - graphs
     snapshots = _snapshots(settings, sizes, max(0, left) // _SNAPSHOTS)
     pages = settings.kv_cache_memory_bytes or left - snapshots
-    return Room(pages, snapshots, states, total, weights, activations, graphs)
+    return Room(pages, snapshots, states, total, weights, activations + mailbox_bytes, graphs)
 
 
 def _snapshots(settings: Settings, sizes: Sizes, most_bytes: int) -> int:

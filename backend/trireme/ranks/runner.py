@@ -405,6 +405,7 @@ class Runner:
             largest=largest,
             decode=decode,
             num_graphs=len(captured) * (1 if self._decoder.mtp is None else 3),
+            mailbox_bytes=self.collectives.mailbox.memory.nbytes if self.collectives.mailbox is not None else 0,
         )
         self.collectives.leave()
         self.num_pages = num_pages(self.room, sizes, settings, self._stage)

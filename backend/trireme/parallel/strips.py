@@ -1,0 +1,59 @@
+"""Strips: the rows of a large step pass its blocks run after run, so that what ranks send of one is on its way beside the products
+of another. How long strips are is the plan's to say, how their rows are dealt out is deal's.
+
+    this stream   out a | out b  | mlp a  | mlp b  | qkv a  | qkv b | attention of all rows
+    beside it           | seam a | seam b | seam a | seam b |
+
+A smaller step is one strip, and passes its seams on the stream that computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from trireme.parallel.aside import Done
+
+
+class Coming(NamedTuple):
+    """A strip on its way to a block."""
+
+    rows: torch.Tensor
+    done: Done
+    kept: Any = None  # what it is made of, until it is here
+
+
+class Strips:
+    """All rows [N, H] that a block takes, strip after strip, to be iterated once: each strip is here once it is asked for, and is not
+    kept then. A block that gives something of a strip before it asks for the next gains by it; one whose rows look at each other
+    asks for the `whole`."""
+
+    def __init__(self, coming: Sequence[Coming]):
+        self._coming = list(coming)
+        self.sizes = [len(strip.rows) for strip in coming]
+
+    @classmethod
+    def of(cls, rows: torch.Tensor) -> Strips:
+        """Rows that are here, as one strip."""
+        return cls([Coming(rows, Done())])
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        while self._coming:
+            yield self._come()
+
+    def whole(self) -> torch.Tensor:
+        """Of all strips at once, and again as often as it is asked for."""
+        rows = joined([*self])
+        self._coming = [Coming(rows, Done())]
+        return rows
+
+    def _come(self) -> torch.Tensor:
+        strip = self._coming.pop(0)
+        strip.done.wait()
+        return strip.rows
+
+
+def joined(strips: list[torch.Tensor]) -> torch.Tensor:
+    return strips[0] if len(strips) == 1 else torch.cat(strips)
