@@ -18,7 +18,7 @@ from trireme.engine.placing import Slots, balance, held, trivial
 
 SLOTS = Slots(num_experts=8, num_slots=12, num_ranks=4)
 LAYERS = ("0", "1", "2", "3", "mtp")
-EXPERTS = StageExperts(LAYERS, SLOTS, expert_bytes=1 << 20)
+EXPERTS = StageExperts(LAYERS, SLOTS, expert_bytes=1 << 20, on_gpus=True)
 ORIGIN = Origin.of(b"{}", "tp4 ep4")
 EVEN = np.ones((len(LAYERS), 8), np.int32)  # so few rows that no move pays
 SKEWED = np.tile(np.array([90_000, 50_000, 30_000, 9000, 3000, 1000, 1000, 1000], np.int32), (len(LAYERS), 1))
@@ -36,7 +36,7 @@ class Stage:
     maps: dict[int, np.ndarray] = field(default_factory=lambda: {layer: trivial(SLOTS) for layer in range(len(LAYERS))})
     ready: Offer | None = None
 
-    def push(self, loads: np.ndarray = EVEN, *, take: bool = True, fault: str = "", moving_s: float = 0.0) -> Offer:
+    def push(self, loads: np.ndarray = EVEN, *, take: bool = True, fault: str = "", stalled_s: float = 0.0) -> Offer:
         """Ten steps, then a push; takes what it is offered by its next one."""
         self.step, self.now = self.step + 10, self.now + 1
         moved, took = 0, 0.0
@@ -44,7 +44,7 @@ class Stage:
             for layer, packed in self.ready.maps.items():
                 self.maps[layer] = np.frombuffer(packed, np.int32)
             self.version, self.ready, moved = self.ready.version, None, 7
-            took = moving_s
+            took = stalled_s
         push = Push(
             self.number,
             self.step,
@@ -53,7 +53,7 @@ class Stage:
             num_steps=10,
             moved_bytes=moved,
             fault=fault,
-            moving_s=took,
+            stalled_s=took,
         )
         offer = self.balancer.push(push, self.now)
         if offer.version and take:
@@ -139,14 +139,20 @@ def test_a_move_must_pay():
     assert not any(stage.push(SKEWED).version for _ in range(40))
 
 
-@pytest.mark.parametrize("moving_s", [0.0, 1e-4, 60.0])
-def test_a_move_that_took_long_is_not_made_again_for_little(moving_s):
-    """A way that has been timed counts, not the one that is assumed; the self-test's, of two experts, does not."""
+@pytest.mark.parametrize("stalled_s", [0.0, 1e-4, 60.0])
+def test_a_move_that_made_steps_wait_is_not_made_again_for_little(stalled_s):
+    """What steps waited counts, not what is assumed; the self-test's, of two experts, does not."""
     stage = a_stage(interval=100)
     while stage.seen()["self_test"] != "passed":
-        stage.push(moving_s=3600.0)
-    assert [stage.push(SKEWED, moving_s=moving_s).version for _ in range(40)].count(0) < 40
-    assert any(stage.push(SKEWED[:, ::-1].copy(), moving_s=moving_s).version for _ in range(40)) == (moving_s < 1)
+        stage.push(stalled_s=3600.0)
+    assert [stage.push(SKEWED, stalled_s=stalled_s).version for _ in range(40)].count(0) < 40
+    assert any(stage.push(SKEWED[:, ::-1].copy(), stalled_s=stalled_s).version for _ in range(40)) == (stalled_s < 1)
+
+
+def test_what_steps_wait_on_cpus_costs_nothing():
+    stage = proven(a_stage(stages=(EXPERTS._replace(on_gpus=False),)))
+    assert any(stage.push(SKEWED, stalled_s=60.0).version for _ in range(40))
+    assert any(stage.push(SKEWED[:, ::-1].copy(), stalled_s=60.0).version for _ in range(40))
 
 
 def test_without_min_gain_every_look_moves():

@@ -145,8 +145,18 @@ def test_steps_around_moves(tmp_path):
     assert steps.moving == [(4, 12), (40, 54)]
     assert steps.number[steps.near].tolist() == [*range(4, 13), *range(40, 55)]
     seen = steps_around_moves(steps, history)
-    figures = ("steps", "commits", "moves", "received_experts", "moved_bytes", "step_ms_before", "step_ms_after", "stalled_ms")
-    assert [round(seen[name], 6) for name in figures] == [99, 1, 1, 3, 12, 10, 8, 4]
+    figures = (
+        "steps",
+        "commits",
+        "moves",
+        "received_experts",
+        "moved_bytes",
+        "step_ms_before",
+        "step_ms_while",
+        "step_ms_after",
+        "stalled_ms",
+    )
+    assert [round(seen[name], 6) for name in figures] == [99, 1, 1, 3, 12, 10, 10, 8, 4]
     assert round(seen["longest_over_neighbours_near_moves"], 2) == 2.22  # 20 over the median of eight 10s and eight 8s
     assert round(seen["longest_over_neighbours_elsewhere"], 2) == 1.4 and seen["faults"] == ["came spoilt"]
     assert (seen["steps_over_1.5_near_moves"], seen["steps_over_1.5_elsewhere"]) == (1, 0)

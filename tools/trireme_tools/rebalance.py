@@ -103,6 +103,7 @@ def steps_around_moves(steps: Steps, history: Sequence[dict[str, Any]]) -> dict[
         "received_experts": sum(event["received"] for event in balancing),
         "moved_bytes": sum(event.get("moved_bytes", 0) for event in history),
         "step_ms_before": _median(steps.took[before]),
+        "step_ms_while": _median(steps.took[~before & ~after & near]),
         "step_ms_after": _median(steps.took[after]),
         "busy_ms_before": _median(steps.device[before]),
         "busy_ms_after": _median(steps.device[after]),
@@ -175,7 +176,17 @@ def _balances(path: Path, num_ranks: int) -> list[dict[str, float]]:
 
 
 def _show(console: Console, reports: dict[str, dict[str, Any]]) -> None:
-    rows = ("step_ms_before", "step_ms_after", "busy_ms_before", "busy_ms_after", "balance_plain", "balance_end", "commits", "moves")
+    rows = (
+        "step_ms_before",
+        "step_ms_while",
+        "step_ms_after",
+        "busy_ms_before",
+        "busy_ms_after",
+        "balance_plain",
+        "balance_end",
+        "commits",
+        "moves",
+    )
     rows += ("received_experts", "stalled_ms", "stalled_ms_longest")
     for part in ("near_moves", "elsewhere"):
         rows += (f"steps_{part}", f"steps_over_{_LONG}_{part}", f"longest_over_neighbours_{part}")

@@ -111,7 +111,6 @@ class Push(msgspec.Struct, frozen=True, tag="push"):
     rows: bytes = b""  # int32 [n, columns of ToldRows], where the service records the experts of every row
     experts: bytes = b""  # int16 [n, layers with experts, experts of a row]
     left_out: int = 0  # rows that were too many to be told
-    moving_s: float = 0.0  # that the way of moved_bytes took, beside the steps; 0 on CPUs, whose links say nothing of a GPU's
 
 
 class Offer(msgspec.Struct, frozen=True, tag="offer"):

@@ -24,7 +24,7 @@ from trireme.engine.placing import Slots, balance, held, peak, place, rank_loads
 
 # What decides whether a move pays. An expert of B bytes in 16 bits has B / 2 numbers and costs B operations a row: at these rates,
 # moving one takes as long as 4,000 rows through it, whatever its size.
-_BYTES_PER_S = 25e9  # from rank to rank: PCIe 4.0 x16, the slowest way between GPUs of a host; until moves have been timed
+_BYTES_PER_S = 25e9  # from rank to rank: PCIe 4.0 x16, the slowest way between GPUs of a host; until moves have made steps wait
 _MOVES = 8  # the latest, by which their way is judged
 _FLOPS = 100e12  # that grouped products of small steps reach
 
@@ -40,6 +40,7 @@ class StageExperts(NamedTuple):
     slots: Slots
     expert_bytes: int  # what a rank receives for one expert
     num_chosen: int = 1  # experts of a row
+    on_gpus: bool = False  # what steps wait on CPUs says nothing of what they would save on GPUs
 
 
 def initial_maps(eplb: Eplb, stages: Sequence[StageExperts], origin: Origin) -> list[np.ndarray]:
@@ -169,8 +170,8 @@ class _Stage:
         self._offered: _Offered | None = None
         self._owed: dict[int, np.ndarray] = {}
         self._queue: deque[int] = deque()  # layers that the look has still to judge
-        self._moves: deque[tuple[float, float]] = deque(maxlen=_MOVES)  # bytes that came to the busiest rank, seconds
-        self._moving_s = 0.0  # that the way to the maps that are offered took
+        self._moves: deque[tuple[float, float]] = deque(maxlen=_MOVES)  # bytes that came to the busiest rank, seconds in which steps waited
+        self._waited_s = 0.0  # that steps did for the maps that are offered
         self._steps = 0  # since the last look
         self._pause = 0  # steps in which nothing is offered, after a fault
         self._self_test = "waits"
@@ -183,7 +184,7 @@ class _Stage:
         self._pause = max(0, self._pause - push.num_steps)
         self._moved_bytes += push.moved_bytes
         self._stalled_s += push.stalled_s
-        self._moving_s += push.moving_s
+        self._waited_s += push.stalled_s
         if self._offered is not None and push.version == self._offered.offer.version:
             self._taken(self._offered, push, now)
         elif push.version != self._version:
@@ -211,16 +212,16 @@ class _Stage:
                 self._owed[layer] = before
         if not self._owed or offered.reason == "balance":
             self._self_test = "passed"
-        if num_came and self._moving_s and offered.reason != "self-test":  # two experts are too few to tell
-            self._moves.append((num_came * self.experts.expert_bytes, self._moving_s))
-        self._moving_s = 0.0
+        if num_came and self._waited_s and self.experts.on_gpus and offered.reason != "self-test":  # two experts are too few to tell
+            self._moves.append((num_came * self.experts.expert_bytes, self._waited_s))
+        self._waited_s = 0.0
         event = {"at": now, "step": push.number, "version": push.version, "reason": offered.reason}
         self.history.append(event | offered.event | {"moved_bytes": push.moved_bytes, "stalled_s": push.stalled_s})
 
     def _began_anew(self, push: Push, now: float) -> None:
         """The stage has another version than this service knows of: it started again, with version 0 and the initial maps, and
         shall have back what it had; or it went on while the service was away, and what it has is not known."""
-        self._offered, self._version, self._moving_s = None, push.version, 0.0
+        self._offered, self._version, self._waited_s = None, push.version, 0.0
         self._queue.clear()
         if push.version == 0:
             had = {layer: map_.copy() for layer, map_ in enumerate(self._maps) if self._known[layer]} | self._owed
@@ -242,7 +243,7 @@ class _Stage:
             event["offered"] = self._offered.event["offered"]
             if self._offered.reason == "self-test":
                 self._self_test = f"failed: {push.fault}"
-        self._offered, self._moving_s = None, 0.0
+        self._offered, self._waited_s = None, 0.0
         self.history.append(event)
 
     def _next(self, push: Push, now: float) -> _Offered | None:
@@ -294,7 +295,8 @@ class _Stage:
 
     @property
     def _bytes_per_s(self) -> float:
-        """That come to a rank while experts move, as the latest moves took: as if steps stood still meanwhile."""
+        """That come to a rank for the time in which steps wait, as the latest moves made them: experts are on their way beside the steps,
+        and that may take its time."""
         came, seconds = map(sum, zip(*self._moves, strict=True)) if self._moves else (0, 0)
         return came / seconds if came else _BYTES_PER_S
 

@@ -80,7 +80,6 @@ def together(first: Push, then: Push) -> Push:
         num_steps=first.num_steps + then.num_steps,
         moved_bytes=first.moved_bytes + then.moved_bytes,
         stalled_s=first.stalled_s + then.stalled_s,
-        moving_s=first.moving_s + then.moving_s,
         fault=then.fault or first.fault,
         rows=rows,
         experts=experts,

@@ -35,7 +35,7 @@ from trireme.core.control import (
     pack_answer,
     pack_ask,
 )
-from trireme.core.devices import place_ranks, steps_in_flight
+from trireme.core.devices import steps_in_flight
 from trireme.core.log import logger
 from trireme.core.settings import Settings
 from trireme.core.step import Outcome, Step, array, ints, peek_step
@@ -60,7 +60,6 @@ class _Call:
     parcel: Parcel
     epoch: int
     number: int = -1
-    sent: float = 0.0  # time.monotonic() seconds
     waits_for: set[int] = field(default_factory=set)  # ranks that have not answered
     answers: dict[int, Parcel] = field(default_factory=dict)  # by rank
     map_version: int = 0  # of the expert maps that a step is stamped with
@@ -91,7 +90,6 @@ class Leader:
         self._ranks = [Rank(settings, stage, rank, run_dir, launcher, self._log) for rank in range(settings.ranks_per_stage)]
         self._order: StepOrder[_Call] = StepOrder(stage, steps_in_flight(settings))
         self._maps, self._push = StageMaps(maps or {}), push
-        self._on_gpus = place_ranks(settings) is not None
         self._num_uncounted = 0  # steps since the last push
         self._records = False  # whether the service wants the experts of every row
         self._told = ToldRows(MOST_PUSHED_BYTES)  # since the last push
@@ -266,7 +264,7 @@ class Leader:
     def _send(self, call: _Call, ranks: list[Rank]) -> None:
         ticket = next(self._tickets)
         self._calls[ticket] = call
-        now = call.sent = time.monotonic()
+        now = time.monotonic()
         for number, rank in enumerate(ranks):
             call.waits_for.add(number)
             if not rank.order(ticket, call.parcel, now):
@@ -357,8 +355,7 @@ class Leader:
         first = call.answers[min(call.answers)]
         if call.prepare is not None:
             answers = [open_answer(parcel.packed) for parcel in call.answers.values()]
-            moved_bytes = sum(answer.moved_bytes for answer in answers if isinstance(answer, Prepared))
-            self._maps.prepared(call.prepare, moved_bytes, time.monotonic() - call.sent if self._on_gpus else 0.0)
+            self._maps.prepared(call.prepare, sum(answer.moved_bytes for answer in answers if isinstance(answer, Prepared)))
             return first
         if call.number < 0:
             return first

@@ -25,7 +25,7 @@ class StageMaps:
         self.version = 0
         self.maps = dict(maps)
         self.fault = ""  # why the last offer was dropped, until it is told
-        self.moved_bytes, self.moving_s = 0, 0.0  # between ranks, and how long that took, until it is told
+        self.moved_bytes = 0  # between ranks, until it is told
         self._offer: Offer | None = None
         self._ordered: Prepare | None = None
         self._ready: Prepare | None = None
@@ -55,12 +55,11 @@ class StageMaps:
         self._ordered, self._offer = Prepare(epoch, self._offer.version, self._offer.maps), None
         return self._ordered
 
-    def prepared(self, prepare: Prepare, moved_bytes: int, moving_s: float = 0.0) -> None:
+    def prepared(self, prepare: Prepare, moved_bytes: int) -> None:
         """Every rank has."""
         if prepare is self._ordered:
             self._ordered, self._ready = None, prepare
             self.moved_bytes += moved_bytes
-            self.moving_s += moving_s
 
     def failed(self, prepare: Prepare, why: str) -> None:
         """A rank has not, and says why."""
@@ -86,8 +85,8 @@ class StageMaps:
     def push(self, stage: int, number: int, version: int, loads: np.ndarray, num_steps: int) -> Push:
         """What the service is to know after step `number`, which had maps `version`: loads int32 [layers, num_experts] of the last
         num_steps steps, and what else has happened since the last push."""
-        told = Push(stage, number, version, ints(loads), num_steps, self.moved_bytes, self.stalled_s, self.fault, moving_s=self.moving_s)
-        self.moved_bytes, self.moving_s, self.stalled_s, self.fault = 0, 0.0, 0.0, ""
+        told = Push(stage, number, version, ints(loads), num_steps, self.moved_bytes, self.stalled_s, self.fault)
+        self.moved_bytes, self.stalled_s, self.fault = 0, 0.0, ""
         return told
 
     def drop(self, why: str) -> None:

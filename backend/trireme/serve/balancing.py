@@ -11,6 +11,7 @@ from typing import Any, cast
 import numpy as np
 
 from trireme.core.control import Offer, Push
+from trireme.core.devices import place_ranks
 from trireme.core.log import logger
 from trireme.core.refusal import Refusal
 from trireme.core.settings import Eplb, Settings
@@ -41,7 +42,8 @@ class Balancing:
         self._log = logger("eplb")
         self._lock = threading.Lock()
         self._folder = Path(eplb.state) if eplb.state else None
-        stages, origin = experts_of(settings, spec), origin_of(settings, spec)
+        on_gpus, origin = place_ranks(settings) is not None, origin_of(settings, spec)
+        stages = [experts._replace(on_gpus=on_gpus) for experts in experts_of(settings, spec)]
         self._balancer = self._begin(eplb, stages, origin)
         self._saved_at = time.monotonic()
         self._saved_commits = self._balancer.num_commits
