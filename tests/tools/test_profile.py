@@ -12,7 +12,10 @@ from layout.sources import launched, product
 from tiny import tiny_checkpoint
 from trireme.core.refusal import Refusal
 from trireme_tools.cli import build
-from trireme_tools.kernel_time import OTHER, Kernels, group_of, look_at
+from trireme_tools.kernel_time import MIXTURE, OTHER, SUMS, Kernels, Spent, Window, group_of, look_at
+from trireme_tools.profiler import Profile
+from trireme_tools.rebalance import mixture_times, without_profiled
+from trireme_tools.timeline import Bar
 
 
 def test_every_kernel_of_ours_has_a_group():
@@ -99,3 +102,19 @@ def test_a_profile_is_of_steps_that_are_alike(tmp_path):
     model = tiny_checkpoint(tmp_path / "model", "qwen3")
     with pytest.raises(Refusal, match="nothing is profiled"):
         CliRunner().invoke(build(), ["bench", "--offline", "--profile", f"--model={model}"], catch_exceptions=False)
+
+
+def test_mixtures_of_two_ranks_early_and_late():
+    """The busiest rank's time, and how long the others wait for it in the sum that follows."""
+    profiles = []
+    for name, times in {"early": (3.0, 1.0), "late": (2.2, 1.8)}.items():
+        for rank, own in enumerate(times):
+            spent = [Spent("_grouped_mlp_product", MIXTURE[0], 96.0, own, own), Spent("_route_rows", MIXTURE[1], 48.0, 0.5, 0.5)]
+            spent.append(Spent("_peer_sum_rows", SUMS[0], 97.0, 3.5 - own, 3.5 - own))
+            profiles.append(Profile(name, 0, rank, 40, 58, [8] * 16, Window(16, 4.0, 0.0, spent)))
+    found = mixture_times(profiles)
+    assert [found[f"mixture_ms_{name}"] for name in ("early", "late")] == [3.5, 2.7]
+    assert [found[f"mixture_ms_{name}_mean"] for name in ("early", "late")] == [2.5, 2.5]
+    assert [found[f"sums_ms_{name}_mean"] for name in ("early", "late")] == pytest.approx([1.5, 1.5])
+    bars = [Bar(0, number, 0, 8, float(number), 0.0, 1.0) for number in range(100)]
+    assert [bar.number for bar in without_profiled(bars, profiles) if not bar.rows] == list(range(39, 70))

@@ -10,8 +10,9 @@ import numpy as np
 
 OTHER = "other"
 MIXTURE = ("experts: products", "experts: route, sort, combine")
+SUMS = ("sums by peers, and their norms", "sums and gathers")
 # Kernels that may wait for another rank on a stream of their own, beside kernels that compute.
-WAITING = ("sums and gathers", "send and receive")
+WAITING = (SUMS[1], "send and receive")
 # The first pattern that is found in a kernel's name decides. Ours are named for their op (a house rule); a replayed graph tells no more
 # than names, so that a product of the head is a product, and a collective's group is not known. On a CPU the names are torch's ops.
 GROUPS: tuple[tuple[str, str], ...] = (
@@ -23,7 +24,7 @@ GROUPS: tuple[tuple[str, str], ...] = (
     ("norms", r"^_(rms_norm|add_rms_norm|gated_rms_norm)_|^aten::rms_norm$"),
     ("q/k norm, rope, cache write", r"^_qk_rope_write_"),
     ("activation", r"^_(silu_mul|sigmoid_mul)_|^aten::silu"),
-    ("sums by peers, and their norms", r"^_peer_sum_"),
+    (SUMS[0], r"^_peer_sum_"),
     (WAITING[0], r"nccl.*(AllReduce|AllGather|ReduceScatter|Broadcast)|^gloo:all_"),
     (WAITING[1], r"nccl|^gloo:"),
     ("sampling", r"^_(sample|penalise)_|ArgMax|MaxOps|^aten::(argmax|max)$"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Iterable
 from multiprocessing.connection import Connection
 from typing import Any
@@ -109,7 +110,8 @@ class _Profile:
         self._torch, self._on_gpu = torch, torch.cuda.is_initialized()
         kinds = torch.profiler.ProfilerActivity
         self._profile = torch.profiler.profile(activities=[kinds.CUDA if self._on_gpu else kinds.CPU])
-        self._profile.start()
+        with warnings.catch_warnings(action="ignore"):  # of cycles, of which this has one
+            self._profile.start()
         self._first, self._under_way = -1, False
         self.rows: list[int] = []
 

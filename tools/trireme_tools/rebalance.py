@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import numpy as np
@@ -18,17 +19,22 @@ from trireme.core.settings import Settings
 from trireme.engine.eplb_file import read
 from trireme.engine.placing import Slots, balance, trivial
 from trireme.models.spec import read_spec
+from trireme_tools.kernel_time import MIXTURE, SUMS
 from trireme_tools.offline import measure
 from trireme_tools.plots import plot_steps
+from trireme_tools.profiler import Profile, Profiler, decodes
 from trireme_tools.progress import progress_bar
 from trireme_tools.serve import settings_of
 from trireme_tools.settings_options import override, settings_options
-from trireme_tools.timeline import Steps, read_bars, steps_of
+from trireme_tools.timeline import Bar, Steps, read_bars, steps_of
 from trireme_tools.workload import make_workload
 
 _NEIGHBOURS = 8  # steps on each side that a step is held against
 _LONG = 1.5  # times as long as its neighbours: what no step near a move should be
 _NAMED = 3  # longest steps that a report names, near moves and elsewhere
+_WINDOWS: Mapping[str, float] = MappingProxyType({"early": 0.08, "late": 0.9})  # what is profiled, by how much of a run is before it
+_BEHIND = 12  # steps after a window: the device had nothing to do while the window was told, and then all that was in line
+_FIGURES = (("mixture_ms", ""), ("mixture_ms", "_mean"), ("sums_ms", "_mean"))  # of windows
 
 
 @settings_options
@@ -41,6 +47,9 @@ def bench(
     bounds: Annotated[
         bool, typer.Option(help="Run also with no copies and no moves and, for the bound, so with a router that is even.")
     ] = True,
+    profile: Annotated[
+        bool, typer.Option(help="Also the mixtures' own time, in a window of steps early in each run and in one late: the busiest rank's.")
+    ] = False,
     output: Annotated[Path, typer.Option(help="Where to write the report, and beside it NAME.png: every step's time.")] = Path(
         "build/eplb/bench.json"
     ),
@@ -57,7 +66,7 @@ def bench(
     reports, steps, picture, console = {}, {}, output.with_suffix(".png"), Console()
     output.parent.mkdir(parents=True, exist_ok=True)
     for name, each in runs.items():
-        reports[name], stages = _run(name, each, batch, input_len, output_len)
+        reports[name], stages = _run(name, each, batch, input_len, output_len, Profiler() if profile else None)
         steps |= {f"{name}, stage {at}": stage for at, stage in enumerate(stages)}
         report = {"batch": batch, "input_len": input_len, "output_len": output_len, **reports}
         output.write_text(json.dumps(report, indent=1) + "\n")
@@ -67,22 +76,49 @@ def bench(
     console.print(f"written: {output}, {picture}")
 
 
-def _run(name: str, settings: Settings, batch: int, input_len: int, output_len: int) -> tuple[dict[str, Any], list[Steps]]:
+def _run(
+    name: str, settings: Settings, batch: int, input_len: int, output_len: int, profiler: Profiler | None
+) -> tuple[dict[str, Any], list[Steps]]:
     assert settings.eplb is not None, "checked"
     vocab_size = read_spec(Path(settings.model)).vocab_size
     with tempfile.TemporaryDirectory(prefix="trireme-eplb-") as folder:
         trace, state = Path(folder) / "steps.jsonl", Path(folder) / "state"
         kept = override(settings, {"step_trace": str(trace), "eplb": {"state": str(state)}})
         with progress_bar(Console(stderr=True), name, batch) as tick:
-            records, seconds, _ = measure(kept, make_workload(batch, str(input_len), str(output_len), vocab_size), batch, tick)
+            asks = make_workload(batch, str(input_len), str(output_len), vocab_size)
+            windows = {name: decodes(output_len, share) for name, share in _WINDOWS.items()}
+            records, seconds, _ = measure(kept, asks, batch, tick, profiler, windows)
         if errors := [record.error for record in records if record.error]:
             raise Refusal(f"{len(errors)} requests failed", why=errors[0], kind="internal")
         events = json.loads((state / "eplb.json").read_text())
         balances = _balances(state / "eplb.safetensors", settings.expert_parallel_size)
         bars = read_bars(trace.read_text().splitlines())
+    if profiler is not None:
+        bars = without_profiled(bars, profiler.profiles)
+        for stage, found in enumerate(balances):
+            found |= mixture_times([each for each in profiler.profiles if each.stage == stage])
     steps = [steps_of([bar for bar in bars if bar.stage == stage], batch, history) for stage, history in enumerate(events)]
     stages = [steps_around_moves(each, history) | balances[stage] for stage, (each, history) in enumerate(zip(steps, events, strict=True))]
     return {"output_tokens_per_s": batch * output_len / seconds, "stages": stages}, steps
+
+
+def without_profiled(bars: Sequence[Bar], profiles: Sequence[Profile]) -> list[Bar]:
+    """With no rows in steps that took longer since they were recorded, or came behind one that was: they are no decodes to look at."""
+    slow = {number for each in profiles for number in range(each.first - 1, each.last + _BEHIND)}
+    return [bar._replace(rows=0) if bar.number in slow else bar for bar in bars]
+
+
+def mixture_times(profiles: Sequence[Profile]) -> dict[str, float]:
+    """Of one stage's ranks: the time of a step that routing and experts take, all layers, the busiest rank's and the mean; and that of
+    the sums after them, in which the others wait for the busiest. Milliseconds."""
+    found = {}
+    for name in _WINDOWS:
+        ranks = [{group.name: group.ms for group in each.window.groups} for each in profiles if each.what == name]
+        if ranks:
+            times = [sum(rank.get(group, 0.0) for group in MIXTURE) for rank in ranks]
+            found |= {f"mixture_ms_{name}": max(times), f"mixture_ms_{name}_mean": float(np.mean(times))}
+            found[f"sums_ms_{name}_mean"] = float(np.mean([sum(rank.get(group, 0.0) for group in SUMS) for rank in ranks]))
+    return found
 
 
 def steps_around_moves(steps: Steps, history: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -191,9 +227,11 @@ def _show(console: Console, reports: dict[str, dict[str, Any]]) -> None:
     for part in ("near_moves", "elsewhere"):
         rows += (f"steps_{part}", f"steps_over_{_LONG}_{part}", f"longest_over_neighbours_{part}")
     columns = [(f"{name}, stage {at}", stage) for name, report in reports.items() for at, stage in enumerate(report["stages"])]
+    profiled = (f"{figure}_{name}{mean}" for figure, mean in _FIGURES for name in _WINDOWS)
+    rows += tuple(row for row in profiled if any(row in stage for _, stage in columns))
     table = Table("", *(title for title, _ in columns))
     for row in rows:
-        cells = [stage[row] for _, stage in columns]
+        cells = [stage.get(row) for _, stage in columns]
         table.add_row(
             row.replace("_", " "), *("" if cell is None else f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in cells)
         )
