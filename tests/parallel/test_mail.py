@@ -42,9 +42,9 @@ class Bell:
         self._boxes.given_up.fill_(1)
 
 
-def mails(size: int) -> list[Mail]:
+def mails(size: int, num_slots: int = 2) -> list[Mail]:
     """Of ranks in threads."""
-    mailboxes = [Mailbox(place, size, ROWS, HIDDEN, torch.float32, "cpu") for place in range(size)]
+    mailboxes = [Mailbox(place, size, ROWS, HIDDEN, torch.float32, "cpu", num_slots=num_slots) for place in range(size)]
     every = [torch.full((2, size, 1, 16), torch.iinfo(torch.int32).min, dtype=torch.int32) for _ in range(size)]
     found = []
     for place, mailbox in enumerate(mailboxes):
@@ -60,12 +60,13 @@ def counts_of(num_rows: int, size: int) -> list[int]:
     return [min(share, max(0, num_rows - place * share)) for place in range(size)]
 
 
+@pytest.mark.parametrize("num_slots", [1, 2])
 @pytest.mark.parametrize("size", [2, 3])
-def test_calls_in_any_order_bring_what_a_group_brings(size: int):
-    """Ranks come early and late; of two gatherings in a row both are read after the second."""
-    calls = random.Random(size).choices(["sum", "gather", "two"], k=60)
+def test_calls_in_any_order_bring_what_a_group_brings(size: int, num_slots: int):
+    """Ranks come early and late; with two slots, of two gatherings in a row both are read after the second."""
+    calls = random.Random(size).choices(["sum", "gather", "two"][: 1 + num_slots], k=60)
     numbers = [[torch.randn(ROWS - call % 7, HIDDEN) for call in range(len(calls))] for _ in range(size)]
-    every = mails(size)
+    every = mails(size, num_slots)
 
     def run(place: int) -> None:
         try:
@@ -109,13 +110,15 @@ def test_without_others_shapes_are_right():
 
 
 def crossed(place: int, store: Any, epoch: int, device: torch.device) -> list[float]:
-    """How far the rows of 40 layers are, in strips and by mail, from those of one strip by NCCL; of even and odd steps."""
+    """How far the rows of 40 layers are, by mail and then in strips too, from those of one strip by NCCL, whose products round
+    otherwise; of even and odd steps."""
     dtype, hidden, found = torch.bfloat16, 2048, []
-    choices, plans = Choices("cuda", dtype), [Plan(layer_cut=(1,), tp=2, sp=True, strip_rows=rows) for rows in (0, 2048)]
+    choices, plans = Choices("cuda", dtype), [Plan(layer_cut=(1,), tp=2, sp=True, strip_rows=rows) for rows in (0, 4096, 2048)]
     weights = [torch.randn(hidden, hidden, device=device, generator=torch.Generator(device).manual_seed(place)).to(dtype) * hidden**-0.5]
     seams, regime = [], Regime(sp=True)
     for plan in plans:
-        mailbox = Mailbox(place, 2, plan.strip_rows, hidden, dtype, device) if plan.strip_rows else None
+        num_slots = 4096 // plan.strip_rows if plan.strip_rows else 0
+        mailbox = Mailbox(place, 2, plan.strip_rows, hidden, dtype, device, num_slots=num_slots) if num_slots else None
         collectives = Collectives(Mesh(plan), place, device, choices("peer_sum", hidden=hidden), mailbox)
         home = home_of(regime)
         norms = {"rms_norm": choices("rms_norm", hidden=hidden), "add_rms_norm": choices("add_rms_norm", hidden=hidden)}
@@ -124,7 +127,7 @@ def crossed(place: int, store: Any, epoch: int, device: torch.device) -> list[fl
         name, mail = f"seam {plan.strip_rows}", None
         if mailbox is not None:
             mail = mailbox.meet(
-                choices("peer_sum", hidden=hidden), lambda about, said: exchange(store, epoch, f"mail.{about}", place, 2, said)
+                choices("peer_sum", hidden=hidden), lambda about, said, name=name: exchange(store, epoch, f"{name}.{about}", place, 2, said)
             )
             assert isinstance(mail, Mail), mail
         collectives.begin({span: form_group(store, epoch, name, place, 2, LIMIT_S, device) for span in collectives.spans}, mail=mail)
@@ -134,7 +137,7 @@ def crossed(place: int, store: Any, epoch: int, device: torch.device) -> list[fl
         results = []
         for plan, seam in zip(plans, seams, strict=True):
             deal = Deal(plan, place, np.array([num_rows]), regime, device)
-            assert len(deal.strips) == (2 if plan.strip_rows and num_rows > 2048 else 1)
+            assert len(deal.strips) == (2 if 0 < plan.strip_rows < num_rows else 1)
             cut = (Mesh(plan).spans["tp"],)
             normed, residual = None, start[torch.from_numpy(deal.rows(cut)).to(device)].split(deal.sizes(cut))
             x = start.split(deal.sizes(()))
@@ -142,7 +145,7 @@ def crossed(place: int, store: Any, epoch: int, device: torch.device) -> list[fl
                 normed, residual = seam(x, residual, deal)
                 x = (rows @ weights[0] for rows in normed)
             results.append(torch.cat([*x]).float())
-        found.append(((results[0] - results[1]).norm() / results[0].norm()).item())
+        found += [((results[0] - each).norm() / results[0].norm()).item() for each in results[1:]]
     return found
 
 
@@ -151,4 +154,4 @@ def crossed(place: int, store: Any, epoch: int, device: torch.device) -> list[fl
 def test_strips_by_mail_are_what_one_strip_is_by_nccl():
     found = on_gpus(2, crossed, 7)
     print(found)
-    assert all(far < 0.02 for each in found.values() for far in each)
+    assert all(far < 0.05 for each in found.values() for far in each)

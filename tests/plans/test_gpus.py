@@ -103,11 +103,12 @@ def test_ranks_find_out_where_sequence_parallelism_pays(pool, truths):
         assert_same_tokens(folder, PROMPTS, tokens_of(engine, requests()), greedy)
 
 
+@pytest.mark.parametrize("strip_rows", [576, 288])
 @pytest.mark.parametrize(("family", "plan"), [("qwen3", "tp2 sp"), ("qwen3_moe", "tp2 ep2 dispatched sp"), ("qwen3_5_moe", "tp2 sp mtp3")])
-def test_large_steps_in_strips_by_mail_change_no_token(pool, truths, family, plan):
-    """Steps of up to 576 rows, of which those above 288 are strips; mail takes 256 rows and more, and NCCL less."""
+def test_large_steps_by_mail_and_in_strips_change_no_token(pool, truths, family, plan, strip_rows):
+    """Steps of up to 576 rows; mail takes 256 rows and more, and NCCL less."""
     folder, greedy = truths[family]
-    with serving(settings(folder, plan, max_num_seqs=16, max_num_batched_tokens=576, strip_rows=1), pool, None) as (engine, _):
+    with serving(settings(folder, plan, max_num_seqs=16, max_num_batched_tokens=576, strip_rows=strip_rows), pool, None) as (engine, _):
         for turn in range(2):
             assert_same_tokens(folder, PROMPTS, tokens_of(engine, requests(turn)), greedy)
 

@@ -72,7 +72,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, fo
     expert_parallel_size: int = 1  # ep and moe_dp divide the ranks of a stage; they never multiply them
     moe_data_parallel_size: int = 1  # copies of the experts in a stage
     sequence_parallel: Literal["off", "on"] | int = "off"  # a number: rows of a step from which it is on
-    strip_rows: int = 4096  # with sp, of a step of more rows what ranks exchange of one half goes beside products of the other; 0: never
+    strip_rows: int = 8192  # with sp, of a step of more rows what ranks exchange of one half goes beside products of the other; 0: never
     experts: Literal["gathered", "dispatched"] = "gathered"  # how rows and experts meet
     eplb: Eplb | None = None  # None: each expert stays in the slot of its number
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where this host has a GPU for every rank

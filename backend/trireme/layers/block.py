@@ -53,8 +53,9 @@ class Build:
         if self.device.type != "cuda" or plan.ranks == 1:
             return Collectives(Mesh(plan), self.rank, self.device)
         mails = plan.sp and plan.strip_rows > 0
-        mailbox = Mailbox(self.rank % plan.tp, plan.tp, plan.strip_rows, hidden, self.dtype, self.device) if mails else None
-        return Collectives(Mesh(plan), self.rank, self.device, self.choices("peer_sum", hidden=hidden), mailbox)
+        place, num_slots = self.rank % plan.tp, 2 if plan.most_rows > plan.strip_rows else 1
+        box = Mailbox(place, plan.tp, plan.strip_rows, hidden, self.dtype, self.device, num_slots=num_slots) if mails else None
+        return Collectives(Mesh(plan), self.rank, self.device, self.choices("peer_sum", hidden=hidden), box)
 
     @cached_property
     def cos_sin(self) -> torch.Tensor:

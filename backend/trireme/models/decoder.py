@@ -174,7 +174,8 @@ class Decoder(nn.Module):
         if not self.build.last:
             return Computed(walk.end(x, residual, deal))
         [logits] = x
-        return Computed(logits, normed.whole())
+        rows = normed.whole()
+        return Computed(logits, rows if self.mtp is None else rows.clone())  # the head that drafts exchanges rows before it reads these
 
     def _enter(self, walk: Walk, batch: Batch, deal: Deal, rows: torch.Tensor | None) -> Sequence[torch.Tensor]:
         """The residual at home, by strips. Apart from forward, so that nothing keeps the rows from which it is cut."""

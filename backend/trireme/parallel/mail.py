@@ -1,8 +1,8 @@
 """Mail: rows of large steps put straight into another rank's memory by a GPU's copy engines, so that all of its multiprocessors go
 on multiplying: NCCL's kernels take some of them, and wait for each other behind products that take all.
 
-A layer of Qwen3-8B's shape, 8192 rows, two H100s: 2,567 us in strips by mail, 3,024 in strips by NCCL; 2,988 by NCCL in one, and 2,192
-with no exchange at all.
+A layer of Qwen3-8B's shape, 8192 rows, two H100s: 2,837 us by mail, 2,988 by NCCL; in two strips 2,567 and 3,024; 2,192 with no
+exchange at all.
 """
 
 from __future__ import annotations
@@ -29,24 +29,27 @@ class Bell(Protocol):
 
 
 class _Box(NamedTuple):
-    """A rank's memory for mail. Each has two halves, taken in turns."""
+    """A rank's memory for mail, a slot for each strip of a step, taken in turns."""
 
-    shares: torch.Tensor  # [2, W - 1, S, H]: others' shares of a sum, by place without this rank's
-    rows: torch.Tensor  # [2, W * S, H]: gathered rows
+    shares: torch.Tensor  # [slots, W - 1, S, H]: others' shares of a sum, by place without this rank's
+    rows: torch.Tensor  # [slots, W * S, H]: gathered rows
 
 
 class Mailbox:
-    """Memory of the rank at `place` of `size` for exchanges of up to `num_rows` rows of `hidden` numbers. It stays through all
-    epochs: torch would keep it all the same for any rank that was killed."""
+    """Memory of the rank at `place` of `size` for exchanges of strips of up to `num_rows` rows of `hidden` numbers, of which a step has
+    up to `num_slots`. It stays through all epochs: torch would keep it all the same for any rank that was killed."""
 
-    def __init__(self, place: int, size: int, num_rows: int, hidden: int, dtype: torch.dtype, device: torch.device | str):
-        self.place, self.size, self.share, self.hidden = place, size, -(-num_rows // size), hidden
-        self.memory = torch.empty((4 * size - 2) * self.share * hidden, dtype=dtype, device=device)
+    def __init__(
+        self, place: int, size: int, num_rows: int, hidden: int, dtype: torch.dtype, device: torch.device | str, *, num_slots: int = 2
+    ):
+        self.place, self.size, self.share, self.hidden, self.num_slots = place, size, -(-num_rows // size), hidden, num_slots
+        self.memory = torch.empty(num_slots * (2 * size - 1) * self.share * hidden, dtype=dtype, device=device)
 
     def box(self, memory: torch.Tensor) -> _Box:
         """This rank's memory, or another's."""
-        shares, rows = memory.split([2 * num * self.share * self.hidden for num in (self.size - 1, self.size)])
-        return _Box(shares.view(2, self.size - 1, self.share, self.hidden), rows.view(2, self.size * self.share, self.hidden))
+        slots, size, share, hidden = self.num_slots, self.size, self.share, self.hidden
+        shares, rows = memory.split([slots * num * share * hidden for num in (size - 1, size)])
+        return _Box(shares.view(slots, size - 1, share, hidden), rows.view(slots, size * share, hidden))
 
     def meet(self, peer_sum: PeerSum, exchange: Exchange) -> Mail | str:
         """With the others along the group, in an epoch; blocks until all are here. Or, on all of them, why they cannot mail."""
@@ -70,9 +73,9 @@ class Mailbox:
 class Mail:
     """reduce_scatter and all_gather of a Group, in one epoch. Without others it speaks to nobody, and only shapes are right.
 
-    Each call ends when all ranks have written their part, and a half is written again two calls of its kind later. Shares are summed
-    inside of the call, so that the call between the two tells that they were. Gathered rows stay in this memory until the next
-    all_gather but one, or until a reduce_scatter just before that: others write when they have met this rank there.
+    Each call ends when all ranks have written their part. Gathered rows stay in this memory until the slot's next all_gather, or until
+    a reduce_scatter just before that: others write when they have met this rank there. Shares are summed inside of the call, so
+    that a call after it tells that they were; where sums of one slot follow each other, ranks meet once more.
     """
 
     def __init__(self, mailbox: Mailbox, others: Mapping[int, torch.Tensor] = MappingProxyType({}), bell: Bell | None = None):
@@ -80,36 +83,38 @@ class Mail:
         self._others = {other: mailbox.box(memory) for other, memory in others.items()}
         self._bell, self._nothing = bell, mailbox.memory.new_zeros(_BELL)
         self._sums = self._gathers = 0  # calls
-        self._met = False  # whether all have come to a meeting since anything was gathered
+        self._summed = False  # whether the last call was a sum
 
     def takes(self, x: torch.Tensor, counts: Sequence[int]) -> bool:
-        """Whether rows of these counts go by mail: the same on all ranks. Not in a graph, where halves would not be taken in turns."""
+        """Whether rows of these counts go by mail: the same on all ranks. Not in a graph, where slots would not be taken in turns."""
         mailbox = self._mailbox
         if x.dtype != mailbox.memory.dtype or x.shape[1:] != (mailbox.hidden,):
             return False
         return max(counts) <= mailbox.share and sum(counts) >= _LEAST_ROWS and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
     def reduce_scatter(self, x: torch.Tensor, counts: list[int]) -> torch.Tensor:
-        place, half, shares = self._mailbox.place, self._sums % 2, x.split(counts)
+        place, slot, shares = self._mailbox.place, self._sums % self._mailbox.num_slots, x.split(counts)
+        if self._summed and self._mailbox.num_slots == 1:
+            self._meet()
         for other, box in self._others.items():
-            box.shares[half, place - (place > other), : counts[other]].copy_(shares[other])
+            box.shares[slot, place - (place > other), : counts[other]].copy_(shares[other])
         self._meet()
-        parts = list(self._own.shares[half, :, : counts[place]])
+        parts = list(self._own.shares[slot, :, : counts[place]])
         parts.insert(place, shares[place])
-        self._sums, self._met = self._sums + 1, True
+        self._sums, self._summed = self._sums + 1, True
         if len(parts) == 2:
             return parts[0] + parts[1]
         return torch.stack(parts).sum(0, dtype=torch.float32).to(x.dtype)
 
     def all_gather(self, x: torch.Tensor, counts: list[int]) -> torch.Tensor:
-        if not self._met:
+        if not self._summed:
             self._meet()
-        half, first = self._gathers % 2, sum(counts[: self._mailbox.place])
+        slot, first = self._gathers % self._mailbox.num_slots, sum(counts[: self._mailbox.place])
         for box in (*self._others.values(), self._own):
-            box.rows[half, first : first + len(x)].copy_(x)
+            box.rows[slot, first : first + len(x)].copy_(x)
         self._meet()
-        self._gathers, self._met = self._gathers + 1, False
-        return self._own.rows[half, : sum(counts)]
+        self._gathers, self._summed = self._gathers + 1, False
+        return self._own.rows[slot, : sum(counts)]
 
     def give_up(self) -> None:
         """As Peers: nobody is waited for any longer."""

@@ -25,6 +25,7 @@ class Plan:
     sp: bool = False  # whether some steps have the residual cut by rows over tp
     experts: Literal["gathered", "dispatched"] = "gathered"
     whole_edges: bool = False  # whether stages hand on every row, as the tensor link does, or each rank its own
+    most_rows: int = 0  # of a step
     strip_rows: int = 0  # where the residual is cut, a step of more rows passes in two strips (see strips.py); 0: none does
     mtp: int = 0  # drafts of a sequence at the most, by the checkpoint's own head; 0: it is not loaded
     eplb: bool = False  # whether the loads of experts are counted, and which slots hold which may change
@@ -124,6 +125,7 @@ class Plan:
             sp=settings.sp_from is not None,
             experts=settings.experts,
             whole_edges=settings.link == "tensor",
+            most_rows=most_rows,
             strip_rows=min(max(settings.strip_rows, -(-most_rows // 2)), most_rows) if settings.strip_rows else 0,
             mtp=mtp,
             eplb=eplb is not None,

@@ -52,6 +52,7 @@ class Room:
     weights: int = 0
     activations: int = 0  # at the peak of the largest step
     graphs: int = 0  # set aside for them
+    mailbox: int = 0  # see parallel/mail.py
 
     def __str__(self) -> str:
         parts = {
@@ -60,6 +61,7 @@ class Room:
             "snapshots": self.snapshots,
             "keys and values": self.pages,
             "activations": self.activations,
+            "rows by mail": self.mailbox,
             "graphs up to": self.graphs,
         }
         told = ", ".join(f"{name} {_gib(num_bytes)}" for name, num_bytes in parts.items() if num_bytes)
@@ -90,7 +92,7 @@ def find_room(
     mailbox_bytes: int,
 ) -> Room:
     """With states of all slots in place. `largest` and `decode` compute the steps of the most rows, and those of the most sequences
-    that graphs hold. The mailbox, too, is there for the largest steps alone."""
+    that graphs hold."""
     states = settings.max_num_seqs * sizes.slot
     if device.type == "cpu":
         return Room(settings.kv_cache_memory_bytes or _CPU_BYTES, _snapshots(settings, sizes, _CPU_BYTES), states)
@@ -101,7 +103,7 @@ def find_room(
     left = int(total * settings.gpu_memory_utilization) - (total - free) - activations - graphs
     snapshots = _snapshots(settings, sizes, max(0, left) // _SNAPSHOTS)
     pages = settings.kv_cache_memory_bytes or left - snapshots
-    return Room(pages, snapshots, states, total, weights, activations + mailbox_bytes, graphs)
+    return Room(pages, snapshots, states, total, weights, activations, graphs, mailbox_bytes)
 
 
 def _snapshots(settings: Settings, sizes: Sizes, most_bytes: int) -> int:

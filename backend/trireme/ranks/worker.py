@@ -87,7 +87,7 @@ def serve(brief: Brief, channel: RankChannel, heart: Heart) -> None:
             channel.receive()  # until the leader has heard it and ends this rank
     if channel.lives_once:  # else the pool's process would keep what this life leaves behind
         settle()
-    heart.tell(Beat("ready", "", runner.num_pages, runner.num_snapshots, runner.room.activations))
+    heart.tell(Beat("ready", "", runner.num_pages, runner.num_snapshots, runner.room.activations + runner.room.mailbox))
     Duty(brief, channel, runner).do()
 
 
