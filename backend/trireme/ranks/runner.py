@@ -39,7 +39,7 @@ from trireme.ranks.sampler import Sampled, Sampler
 from trireme.ranks.staging import download, upload
 from trireme.ranks.states import States
 from trireme.ranks.stopwatch import Stopwatch
-from trireme.ranks.trials import DRAWN, GREEDY, SAMPLINGS, Trial, trials
+from trireme.ranks.trials import DRAWN, GREEDY, SAMPLINGS, Trial, arrivals, trials
 from trireme_kernels.choose import Choices
 
 
@@ -412,6 +412,9 @@ class Runner:
                 mixes=any(not isinstance(keep, PerToken) for keep in self._decoder.keeps),
             ):
                 self._try(trial, SAMPLINGS)
+            for mixture in self._decoder.mixtures:
+                for num_rows in arrivals(most_rows, mixture.placement.slots_per_rank, self._decoder.build.spec.num_experts_per_tok):
+                    mixture.compute_any(num_rows)
         progress("is measuring its memory")
         self.room = find_room(
             settings,

@@ -15,6 +15,7 @@ from trireme.ranks.regimes import spread
 
 _LONG = 17  # rows that layers with states take chunk by chunk, and the fewest: what such an item stands beside goes row by row
 _PLACES = 8  # after so many rows one begins where another did, seen in pieces of 16 bytes
+_COME = 512  # more rows of a slot than any kernel tells apart
 _SAMPLED = 64  # more sampled rows of one item than any kernel tells apart
 
 GREEDY, DRAWN = Sampling(max_tokens=1, temperature=0.0), Sampling(max_tokens=1)
@@ -54,6 +55,11 @@ def trials(
             yield Trial(np.full(num_items, num_held, np.int32), regime, samples=num_held, holds=True)
         for place in range(1, 1 + _PLACES) if mixes else ():
             yield from (Trial(counts, regime) for counts in _mixed(place, most_items, most))
+
+
+def arrivals(most_rows: int, num_slots: int, top_k: int) -> Iterator[int]:
+    """Rows that may be dispatched to a rank that has so many slots."""
+    return _doubled(1, min(most_rows * top_k, _COME * max(8, num_slots)))
 
 
 def _mixed(place: int, most_items: int, most_rows: int) -> Iterator[np.ndarray]:
