@@ -1,14 +1,19 @@
 """One GPU gives transformers' tokens: every family in float32, with graphs and without, under preemption and reuse; bfloat16 within
-its rounding; drawn tokens, penalties and logprobs as on a CPU; and a step is launched without waiting for the device."""
+its rounding; drawn tokens, penalties and logprobs as on a CPU; a step is launched without waiting for the device, and
+compiles nothing."""
 
 from __future__ import annotations
 
+import sys
+from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from any_steps import any_steps
 from drafted import draft_well
 from plans.test_plans import NUM_TOKENS, PROMPTS
 from plans.whole import emissions_of, tokens_of
@@ -157,3 +162,32 @@ def test_steps_are_launched_without_waiting(checkpoints, family, drafts):
         told.append([decode(runner, temperature, drafts) for temperature in (0.0, 0.8)])
     assert told[0] == told[1]
     assert told[0][0] != told[0][1]
+
+
+@pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])
+@pytest.mark.parametrize(("family", "dtype"), [("qwen3", "bfloat16"), ("qwen3_5_moe", "bfloat16"), ("qwen3_5_moe", "float32")])
+def test_nothing_is_compiled_once_a_rank_is_loaded(checkpoints, monkeypatch, family, dtype, eager):
+    """For steps of prompts of 1 to 200 tokens amid decodes and drafts, however they are sampled. What this process has compiled before
+    is forgotten first."""
+    triton = pytest.importorskip("triton")
+    sizes = {"max_num_seqs": 40, "max_num_batched_tokens": 512, "num_pages": 40 * 16}
+    mtp = {"mtp": {"num_tokens": 2}} if family in HYBRID_FAMILIES else {}
+    made = settings(checkpoints[family], dtype=dtype, enforce_eager=eager, **sizes, **mtp)
+    for kernel in every_kernel():
+        monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
+    runner, compiled = load_runner(made, 0, 0, progress=lambda sentence: None), []
+
+    def note(*, repr: str, **rest) -> None:
+        compiled.append(repr)
+
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", note)
+    runner.begin(SoloLink())
+    for step in any_steps(made, 150, num_drafts=2 if mtp else 0, vocab_size=251):
+        runner.run(step, None, 0.0).finish()
+        assert not compiled, f"{step.num_items} items, {step.num_rows} rows"
+
+
+def every_kernel() -> list[Any]:
+    """Of all ops, as far as anything has imported them."""
+    modules = [module for name, module in sys.modules.items() if name.startswith("trireme_kernels.") and name.endswith(".tl")]
+    return [value for module in modules for value in vars(module).values() if hasattr(value, "device_caches")]

@@ -14,7 +14,7 @@ from trireme.core.step import Regime
 from trireme.layers.block import Block, Build
 from trireme.layers.linear import Linear
 from trireme.layers.param import Param, by_columns, by_rows, by_slots, norm_weight
-from trireme.parallel.experts import Ops, make_strategy
+from trireme.parallel.experts import Dispatched, Ops, make_strategy
 from trireme.parallel.placement import Placement
 from trireme.parallel.strips import Strips
 from trireme_kernels.combine_experts.op import Shared
@@ -83,6 +83,12 @@ class Moe(Block):
             self.picks = slots
         shared = None if self.shared is None else self.shared(x)
         return self.strategy(x, slots, weights, self._mlp, shared, batch.num_rows)
+
+    def compute_any(self, num_rows: int) -> None:
+        """Rows that mean nothing, as if so many had been dispatched here."""
+        if isinstance(self.strategy, Dispatched):
+            rows = torch.zeros(num_rows, self.gate_up.shape[2], dtype=self.gate_up.dtype, device=self.gate_up.device)
+            self.strategy.compute(rows, torch.zeros(num_rows, dtype=torch.int64, device=rows.device), self._mlp)
 
     def _mlp(self, rows: torch.Tensor, pairs: Pairs) -> torch.Tensor:
         """Rows [T, H] -> [T * k, H], each pair's result, or this rank's share of a sum over moe_tp."""

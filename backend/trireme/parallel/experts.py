@@ -108,7 +108,11 @@ class Dispatched:
         order = pairs.order[: sum(sent)].long()
         rows = self._along.all_to_all(x.index_select(0, order // top_k), sent, received)
         here = torch.arange(num_slots, device=x.device).repeat(num_ranks).repeat_interleave(coming.flatten(), output_size=len(rows))
-        abroad = self._ops.sort(here[:, None], weights.new_ones(len(rows), 1), 0, num_slots, None)
-        rows = self._along.all_to_all(mlp(rows, abroad), received, sent)
+        rows = self._along.all_to_all(self.compute(rows, here, mlp), received, sent)
         results = rows.new_empty(slots.numel(), rows.shape[1]).index_copy_(0, order, rows)
         return self._ops.combine(results, pairs.weights, shared)
+
+    def compute(self, rows: torch.Tensor, slots: torch.Tensor, mlp: Mlp) -> torch.Tensor:
+        """Rows [R, H] that came here, each to one of this rank's slots int64 [R]. How many come is for the router to say."""
+        weights = torch.ones(len(rows), 1, device=rows.device)
+        return mlp(rows, self._ops.sort(slots[:, None], weights, 0, self._num_slots, None))

@@ -103,6 +103,7 @@ def find_most(peers: Peers, group: Group, device: torch.device, exchange: Exchan
 
     try:
         with torch.cuda.device(device):
+            _compile_rest(peers, device)
             for num_rows in _SIZES:
                 x = torch.zeros(num_rows, peers.hidden, dtype=peers.dtype, device=device)
                 for way, call in ways.items():
@@ -117,3 +118,11 @@ def find_most(peers: Peers, group: Group, device: torch.device, exchange: Exchan
     peers.most = rows * peers.hidden
     took = ", ".join(f"{way} {' '.join(f'{us:.1f}' for us in times)}" for way, times in found.items())
     return f"up to {rows} rows by peers (us of {' '.join(map(str, _SIZES))} rows: {took})"
+
+
+def _compile_rest(peers: Peers, device: torch.device) -> None:
+    """One call of each kind that is not timed: no request waits until its kernel is compiled."""
+    x = torch.zeros(1, peers.hidden, dtype=peers.dtype, device=device)
+    for dtype in dict.fromkeys((peers.dtype, torch.float32)):  # of a norm's weight
+        peers.sum_norm(x, x, torch.zeros(peers.hidden, dtype=dtype, device=device), 1e-6)
+    peers.best(torch.zeros(1, device=device), torch.zeros(1, dtype=torch.int64, device=device))

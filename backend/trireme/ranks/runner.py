@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from trireme.core.devices import steps_in_flight
 from trireme.core.log import logger
 from trireme.core.request import Logprobs, Sampling
 from trireme.core.settings import Settings
-from trireme.core.step import PAGE, Clock, Open, Outcome, Regime, Step, array, ints
+from trireme.core.step import PAGE, Clock, Open, Outcome, Step, array, ints
 from trireme.layers.block import PerToken
 from trireme.models.decoder import Computed, Decoder
 from trireme.parallel.context import Shared
@@ -39,6 +39,7 @@ from trireme.ranks.sampler import Sampled, Sampler
 from trireme.ranks.staging import download, upload
 from trireme.ranks.states import States
 from trireme.ranks.stopwatch import Stopwatch
+from trireme.ranks.trials import DRAWN, GREEDY, SAMPLINGS, Trial, arrivals, trials
 from trireme_kernels.choose import Choices
 
 
@@ -382,22 +383,39 @@ class Runner:
         check_states(settings, self._device, sizes, self._stage)
         self._allocate(1, 0)
 
+        largest_of_all = list(largest_steps(settings, self._decoder.build.plan.regimes, most_rows, num_drafts, self._device))
+        most_drafting = max(1, min(most_items, settings.mtp.max_batch_size, most_rows // self._num_held)) if self._num_held else 0
+
         def largest() -> None:
-            for counts, regime in largest_steps(settings, self._decoder.build.plan.regimes, most_rows, num_drafts, self._device):
-                self._try(counts, regime)
+            for counts, regime in largest_of_all:
+                self._try(Trial(counts, regime))
             verify()
 
         def decode() -> None:
-            self._try(np.ones(most_items, np.int32))
+            self._try(Trial(np.ones(most_items, np.int32)))
             verify()
 
         def verify() -> None:
             if self._num_held:
-                num_drafting = min(most_items, settings.mtp.max_batch_size, most_rows // self._num_held)
-                self._try(np.full(max(1, num_drafting), self._num_held, np.int32), hold=True)
+                self._try(Trial(np.full(most_drafting, self._num_held, np.int32), samples=self._num_held, holds=True))
 
-        progress("is measuring its memory")
         rehearse(self.collectives)
+        if self._compiles:
+            progress("is compiling kernels")
+            for trial in trials(
+                largest_of_all,
+                most_items=most_items,
+                most_drafting=most_drafting,
+                max_len=max_model_len,
+                num_held=self._num_held,
+                cp=settings.context_parallel_size,
+                mixes=any(not isinstance(keep, PerToken) for keep in self._decoder.keeps),
+            ):
+                self._try(trial, SAMPLINGS)
+            for mixture in self._decoder.mixtures:
+                for num_rows in arrivals(most_rows, mixture.placement.slots_per_rank, self._decoder.build.spec.num_experts_per_tok):
+                    mixture.compute_any(num_rows)
+        progress("is measuring its memory")
         self.room = find_room(
             settings,
             self._device,
@@ -456,21 +474,25 @@ class Runner:
                 self._caches.append((inputs, states, held))
                 pools += [inputs, states]
 
-    def _try(self, counts: np.ndarray, regime: Regime = Regime(), *, hold: bool = False) -> None:
-        """A step of prompts that mean nothing, all in one page: int32 [items], rows of each. Of `hold`: a token and drafts each,
-        after others that stand."""
-        num_items = len(counts)
-        zeros, ones = ints(np.zeros(num_items)), ints(np.ones(num_items))
+    @property
+    def _compiles(self) -> bool:
+        """Whether kernels are compiled when they are first launched."""
+        return self._device.type != "cpu"
+
+    def _try(self, trial: Trial, samplings: Sequence[Sampling] = (GREEDY, DRAWN)) -> None:
+        """A step of prompts that mean nothing, all in one page, sampled in several ways."""
+        (counts, regime, samples, holds), num_items = trial, len(trial.counts)
+        zeros, each = ints(np.zeros(num_items)), ints(np.minimum(counts, samples))
         step = Step(
             0,
             0,
             slots=ints(np.arange(num_items)),
             starts=zeros,
             counts=ints(counts),
-            samples=ints(counts) if hold else ones,
+            samples=each,
             tokens=ints(np.zeros(counts.sum())),
-            replays=ints(counts) if hold else zeros,
-            holds=ones if hold else zeros,
+            replays=ints(counts) if holds else zeros,
+            holds=ints(np.ones(num_items)) if holds else zeros,
             nexts=ints(np.full(num_items, -1)),
             sp=regime.sp,
             cp=regime.cp,
@@ -482,8 +504,10 @@ class Runner:
         batch = self._batch(rows, deal, rows.sampled, self._plan_attention(rows, deal))
         computed = self._decoder.forward(batch, deal, None if self._is_first else edge)
         if self._is_last:
-            for temperature in (0.0, 1.0):  # whatever is compiled at its first use is compiled before the first request
-                self._sampler.open(Open(0, Sampling(max_tokens=1, temperature=temperature), 1))
+            sampled = None
+            for sampling in samplings:
+                self._sampler.open(Open(0, sampling, 1, zeros))
                 sampled = self._sample(step, rows, CutLogits(computed.rows, self._vocab_size, self._along_vocabulary))
-                self._draft(step, rows, deal, batch, computed, sampled)
+                sampled.describe()
+            self._draft(step, rows, deal, batch, computed, sampled)
             self._sampler.clear()

@@ -182,7 +182,8 @@ def launch(
     return out
 
 
-@triton.jit(do_not_specialize=["num_items", "num_rows"])
+# Items amid a step's rows bring what begins anywhere. Of a, b, slots and fresh single numbers are read.
+@triton.jit(do_not_specialize=["num_items", "num_rows"], do_not_specialize_on_alignment=["a", "b", "slots", "fresh"])
 def _delta_step_items(
     qkv, a, b, gate, inputs, held, slots, fresh, plan, num_items, num_rows, num_channels,
     qkv_row, a_row, b_row, gate_row, gate_head, inputs_slot, inputs_row, held_slot, held_row,

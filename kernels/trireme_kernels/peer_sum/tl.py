@@ -17,6 +17,7 @@ from trireme_kernels.peer_sum.op import Boxes, PeerSum, empty_key_of, empty_of
 from trireme_kernels.rms_norm.tl import normed_row
 
 _GLANCE = 256  # looks into the box between looks at `given_up`
+_ROWS = 64  # of a program that finds the best of each: however many there are, one compiled kernel does
 
 
 def fits(case: Case) -> str | None:
@@ -68,7 +69,7 @@ class InOneKernel:
         if num:
             bits = boxes.every[boxes.place]
             box = bits.view(torch.int64)
-            block = min(box.shape[-1], triton.next_power_of_2(num))
+            block = min(box.shape[-1], _ROWS)
             _peer_sum_bests[(triton.cdiv(num, block),)](
                 values,
                 ids,
