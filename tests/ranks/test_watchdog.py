@@ -1,7 +1,11 @@
-"""A device that is stuck is named once, with the step that it is stuck in; one that goes on is left alone."""
+"""A device that is stuck is named once, with the step that it is stuck in; one that goes on is left alone. A process that cannot be
+freed ends."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 import time
 
@@ -54,3 +58,18 @@ def test_steps_that_pass_are_left_alone():
         watchdog.passed()
         time.sleep(2 * LIMIT_S)
     assert not told
+
+
+@pytest.mark.parametrize(("takes_s", "code", "said"), [(0.0, 0, "freed"), (60.0, 1, "stuck")])
+def test_what_is_never_through_ends_the_process(takes_s, code, said):
+    script = f"""
+import time
+from trireme.ranks.watchdog import or_end
+with or_end(1.0, lambda: print("stuck", flush=True)):
+    time.sleep({takes_s})
+print("freed")
+time.sleep(1.5 if {takes_s} == 0 else 0)
+"""
+    known = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=50, env=known)
+    assert (ended.returncode, ended.stdout.strip()) == (code, said), ended.stderr

@@ -18,7 +18,9 @@ from trireme.ranks.channel import BREAK, RankChannel
 from trireme.ranks.launch import Brief
 from trireme.ranks.mixtures import MapLost
 from trireme.ranks.runner import Pending, Runner
-from trireme.ranks.watchdog import Late, Watchdog
+from trireme.ranks.watchdog import Late, Watchdog, or_end
+
+_LEAVE_S = 15.0  # for a device to be freed; groups have been seen to close within two
 
 
 class DeviceLost(RuntimeError):
@@ -160,8 +162,10 @@ class Duty:
         return Joined(join.epoch, self._runner.map_version, sp_from)
 
     def _leave(self, why: str) -> None:
+        """A device that nothing frees is not waited for: a new process is there sooner."""
         self._over = self._over or why
-        self._runner.leave()
+        with or_end(_LEAVE_S, lambda: self._log.error("this rank ends: its device was not freed within %g s of an epoch's end", _LEAVE_S)):
+            self._runner.leave()
 
 
 def _at_once(answer: Answer) -> Pending:

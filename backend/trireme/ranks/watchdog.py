@@ -1,12 +1,13 @@
-"""Watchdog: finds out that a device is stuck in a step, and at what. Who is told what then is duty's."""
+"""Watchdog: finds out that a device is stuck in a step, and at what, or never lets go of an epoch. Who is told what then is duty's."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, Self
 
 from trireme.core.control import Found, Join
@@ -69,3 +70,21 @@ class Watchdog:
                 if late is not told and time.monotonic() - self._since > self._limit_s:
                     told = late
                     self._stuck(late)
+
+
+@contextlib.contextmanager
+def or_end(limit_s: float, tell: Callable[[], None]) -> Iterator[None]:
+    """What is done in this context ends within `limit_s`, or else this process does, once `tell` has said so: no exception reaches a
+    thread that is in a driver's call."""
+
+    def end() -> None:
+        tell()
+        os._exit(1)
+
+    timer = threading.Timer(limit_s, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
