@@ -141,8 +141,8 @@ def num_snapshots(room: Room, sizes: Sizes) -> int | None:
 def stock(room: Room, in_flight: int, device: torch.device) -> None:
     """Take what steps compute in once, as one block of which torch's allocator then cuts each tensor, `in_flight` of it for rows on
     their way to another stage. Steps of a few rows more than any before would else each take new memory until none is left, and
-    what lies about is given back only when the device has done all it was told: one stage of two then stood still for 0.1 s,
-    three times in 3 s of prompts (H100). A new capture of graphs gives the block back, so it is looked after in every epoch."""
+    what lies about is given back only when the device has done all it was told, for which other stages would wait. A new capture
+    of graphs gives the block back, so it is looked after in every epoch."""
     if device.type == "cpu":
         return
     num_bytes = room.activations + room.activations // _FRAGMENTS + in_flight
