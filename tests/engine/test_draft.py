@@ -30,6 +30,10 @@ def test_length_follows_acceptance(rate, best):
     assert last.count(4) >= 15, "all are tried now and then"
 
 
+def test_a_head_that_is_never_right_is_soon_left_alone():
+    assert simulate(DraftLength(1), 0.0, random.Random(7), 60)[20:].count(0) > 35
+
+
 def test_it_grows_again():
     length, rng = DraftLength(4), random.Random(2)
     assert simulate(length, 0.95, rng)[-1000:].count(4) > 950

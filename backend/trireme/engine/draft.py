@@ -21,8 +21,8 @@ _FIRST_COST = 0.15
 _LEAST_SAMPLES = 8  # of steps with another number of drafts than most have: below, nothing is fitted
 _MOST_SAMPLES = 1024  # the latest
 _FIT_EVERY = 64  # samples
-_WEIGHT = 1 / 64  # of the latest draft in an average
-_FIRST_RATE = 0.8  # until something is known: all may be tried
+_WEIGHT = 1 / 64  # of the latest draft in an average, once there were so many
+_FIRST_RATE, _FIRST_DRAFTS = 0.8, 4  # until something is known: all may be tried; and as how many drafts this counts
 _PROBE_EVERY = 64  # times asked: then all are drafted, so that rates of positions out of use stay true
 _PROBE_ONE, _PROBE_NONE = 21, 42  # amid those times one is, and none: steps differ then, by which it can be told what drafts cost
 
@@ -65,17 +65,21 @@ class DraftCost:
 
 
 class DraftLength:
-    """`rates[i]`: how often draft i stood where those before it did, exponentially averaged over the drafts of all sequences."""
+    """`rates[i]`: how often draft i stood where those before it did, averaged over the drafts of all sequences, exponentially once
+    there were many."""
 
     def __init__(self, most: int, *, adapts: bool = True):
         self.rates, self.cost = [_FIRST_RATE] * most, DraftCost()
+        self._num_learnt = [_FIRST_DRAFTS] * most
         self._adapts = adapts
         self._num_asked = 0
 
     def learn(self, num_drafts: int, num_accepted: int) -> None:
         """Of a sequence's `num_drafts` drafts the first `num_accepted` stood. Those behind the first that fell say nothing."""
         for position in range(min(num_drafts, num_accepted + 1)):
-            self.rates[position] += _WEIGHT * ((position < num_accepted) - self.rates[position])
+            self._num_learnt[position] += 1
+            weight = max(_WEIGHT, 1 / self._num_learnt[position])
+            self.rates[position] += weight * ((position < num_accepted) - self.rates[position])
 
     def ask(self, num_sequences: int = 1) -> int:
         """Drafts for the next step, which has so many sequences."""
