@@ -16,6 +16,8 @@ from trireme.parallel.timing import device_seconds
 
 _NUM_CELLS = 256  # rows of the largest sum
 _SIZES = (1, 4, 16, 64, 128, 256)  # rows at which both ways are timed
+# Streams share hardware queues, and one behind a kernel that waits for ever waits with it: some of these have another.
+_NUM_ASIDES = 8
 
 
 class PeerSum(Protocol):
@@ -48,7 +50,8 @@ class Peers:
     def __init__(self, boxes: Boxes, op: PeerSum, dtype: torch.dtype, hidden: int):
         self._boxes, self._op, self.dtype, self.hidden = boxes, op, dtype, hidden
         self.most = _NUM_CELLS * hidden
-        self._aside, self._one = torch.cuda.Stream(boxes.given_up.device), torch.ones(1, dtype=torch.int32, pin_memory=True)
+        self._one = torch.ones(1, dtype=torch.int32, pin_memory=True)
+        self._asides = [torch.cuda.Stream(boxes.given_up.device) for _ in range(_NUM_ASIDES)]
 
     def take(self, x: torch.Tensor) -> bool:
         """Whether x is summed this way: the same on all ranks, which bring tensors of one shape."""
@@ -69,8 +72,9 @@ class Peers:
     def give_up(self) -> None:
         """Kernels that wait for another rank end, within a millisecond, and so do all that come: a kernel cannot be cancelled.
         A rank whose peer was killed is freed by this alone. What they give is nothing."""
-        with torch.cuda.stream(self._aside):  # a copy, beside kernels that wait: another kernel might find no room
-            self._boxes.given_up.copy_(self._one, non_blocking=True)
+        for aside in self._asides:
+            with torch.cuda.stream(aside):  # a copy, beside kernels that wait: another kernel might find no room
+                self._boxes.given_up.copy_(self._one, non_blocking=True)
 
 
 def meet_peers(
