@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, Protocol
 
 import torch
@@ -16,8 +16,6 @@ from trireme.parallel.timing import device_seconds
 
 _NUM_CELLS = 256  # rows of the largest sum
 _SIZES = (1, 4, 16, 64, 128, 256)  # rows at which both ways are timed
-# Streams share hardware queues, and one behind a kernel that waits for ever waits with it: some of these have another.
-_NUM_ASIDES = 8
 
 
 class PeerSum(Protocol):
@@ -51,7 +49,6 @@ class Peers:
         self._boxes, self._op, self.dtype, self.hidden = boxes, op, dtype, hidden
         self.most = _NUM_CELLS * hidden
         self._one = torch.ones(1, dtype=torch.int32, pin_memory=True)
-        self._asides = [torch.cuda.Stream(boxes.given_up.device) for _ in range(_NUM_ASIDES)]
 
     def take(self, x: torch.Tensor) -> bool:
         """Whether x is summed this way: the same on all ranks, which bring tensors of one shape."""
@@ -72,9 +69,15 @@ class Peers:
     def give_up(self) -> None:
         """Kernels that wait for another rank end, within a millisecond, and so do all that come: a kernel cannot be cancelled.
         A rank whose peer was killed is freed by this alone. What they give is nothing."""
-        for aside in self._asides:
-            with torch.cuda.stream(aside):  # a copy, beside kernels that wait: another kernel might find no room
-                self._boxes.given_up.copy_(self._one, non_blocking=True)
+        with torch.cuda.stream(_aside(self._boxes.given_up.device)):  # a copy, beside kernels that wait: another kernel might find no room
+            self._boxes.given_up.copy_(self._one, non_blocking=True)
+
+
+@cache
+def _aside(device: torch.device) -> torch.cuda.Stream:
+    """For words to kernels that wait, one for all epochs: torch has 32 streams of each priority and deals them out in turns, those of 0
+    to NCCL as well, and a word that comes behind a kernel that waits would wait with it."""
+    return torch.cuda.Stream(device, priority=-1)
 
 
 def meet_peers(
