@@ -12,6 +12,7 @@ from tiny import HYBRID_FAMILIES, fuse_experts, greedy_tokens, prompt_logits, ra
 from trireme.core.batch import Batch
 from trireme.layers.block import PerRequest, PerToken
 from trireme.models.decoder import Decoder
+from trireme.parallel.strips import Strips
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -190,5 +191,5 @@ def test_bfloat16_runs(sliding: Path):
 
 def test_a_step_that_asks_nothing_gets_no_logits(sliding: Path):
     nothing = Batch(torch.zeros(3), torch.zeros(3), torch.zeros(3), None, None, (), head_rows=torch.zeros(0, dtype=torch.int64))
-    logits = stage(sliding, 1).blocks[-1](torch.zeros(3, 48), nothing)
+    [logits] = stage(sliding, 1).blocks[-1](Strips.of(torch.zeros(3, 48)), nothing)
     assert logits.shape == (0, 251) and logits.dtype == torch.float32

@@ -58,7 +58,7 @@ def test_bubbles_of_a_drawn_pipeline():
 
 
 def test_trace_reads_what_the_engine_writes():
-    lines = [json.dumps({**bar._asdict(), "waiting": 0.1, "samples": 1}) for bar in reversed(BARS)]
+    lines = [json.dumps({**bar._asdict(), "samples": 1}) for bar in reversed(BARS)]
     assert read_bars(lines) == [*BARS[:1], BARS[2], BARS[1], BARS[3]]
     with pytest.raises(Refusal, match="line 2"):
         read_bars([lines[0], "{"])

@@ -49,10 +49,10 @@ class Build:
     @cached_property
     def collectives(self) -> Collectives:
         """This rank's groups in its stage; each epoch fills them anew."""
-        plan, hidden = self.plan, self.spec.hidden
+        plan = self.plan
         if self.device.type != "cuda" or plan.ranks == 1:
             return Collectives(Mesh(plan), self.rank, self.device)
-        mails = plan.sp and plan.strip_rows > 0
+        hidden, mails = self.spec.hidden, plan.sp and plan.strip_rows > 0
         place, num_slots = self.rank % plan.tp, 2 if plan.most_rows > plan.strip_rows else 1
         box = Mailbox(place, plan.tp, plan.strip_rows, hidden, self.dtype, self.device, num_slots=num_slots) if mails else None
         return Collectives(Mesh(plan), self.rank, self.device, self.choices("peer_sum", hidden=hidden), box)
