@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from chained import build_decoder
 from tiny import tiny_checkpoint
 from trireme.core.settings import make_settings, revise
 from trireme.core.step import Regime
+from trireme.parallel.aside import Done
+from trireme.parallel.deal import Deal
+from trireme.parallel.plan import Plan
+from trireme.parallel.rehearsal import rehearse
 from trireme.ranks import runner
 from trireme.ranks.load import load_runner
 from trireme.ranks.regimes import first_for_good, largest_steps, measures_sp, sizes_for_sp
@@ -66,6 +72,18 @@ def test_no_step_is_larger_than_the_largest_of_its_regime(tp, cp, sp, num_drafts
     largest = {regime: step for step, regime in largest_steps(settings, every, 100, num_drafts, device)}
     assert sum(counts) <= largest[regime].sum() and len(largest[regime]) <= 8
     assert all((step.sum() <= 100) and step.min() >= (2 * cp if regime.cp else 1) for regime, step in largest.items())
+
+
+@pytest.mark.parametrize(("num_rows", "num_strips"), [(16, 1), (17, 2)])
+def test_seams_that_are_timed_are_waited_for_strip_by_strip(tmp_path, monkeypatch, num_rows, num_strips):
+    plan, waits = Plan(layer_cut=(2,), tp=2, sp=True, strip_rows=16), []
+    model = tiny_checkpoint(tmp_path, "qwen3", num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    decoder = build_decoder(model, plan, 0)
+    rehearse(decoder.build.collectives)
+    monkeypatch.setattr(Done, "wait", lambda done: waits.append(done))
+    with torch.inference_mode():
+        decoder.inner_seams(Deal(plan, 0, np.array([num_rows], np.int32), Regime(sp=True)))()
+    assert len(waits) == 2 * num_strips  # of a layer's two seams
 
 
 @pytest.mark.parametrize(
