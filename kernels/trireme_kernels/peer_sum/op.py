@@ -61,8 +61,8 @@ class PeerSum(Protocol):
         ...
 
     def best(self, values: Tensor, ids: Tensor, boxes: Boxes) -> tuple[Tensor, Tensor]:
-        """values float32 [n], ids int64 [n] from 0 to 2**31 - 1, n <= cells * C / 4 -> the highest value of each row over the ranks
-        and its id, of equals the lowest: both new."""
+        """values float32 [n], ids int64 [n] from 0 to 2**31 - 1, n <= cells * min(C / 4, 64) -> the highest value of each row over
+        the ranks and its id, of equals the lowest: both new."""
         ...
 
 

@@ -70,6 +70,7 @@ class InOneKernel:
             bits = boxes.every[boxes.place]
             box = bits.view(torch.int64)
             block = min(box.shape[-1], _ROWS)
+            assert num <= block * box.shape[2], f"{num} rows, and {box.shape[2]} cells of {block}"
             _peer_sum_bests[(triton.cdiv(num, block),)](
                 values,
                 ids,
