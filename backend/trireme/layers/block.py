@@ -52,10 +52,11 @@ class Build:
         plan = self.plan
         if self.device.type != "cuda" or plan.ranks == 1:
             return Collectives(Mesh(plan), self.rank, self.device)
-        hidden, mails = self.spec.hidden, plan.sp and plan.strip_rows > 0
-        place, num_slots = self.rank % plan.tp, 2 if plan.most_rows > plan.strip_rows else 1
-        box = Mailbox(place, plan.tp, plan.strip_rows, hidden, self.dtype, self.device, num_slots=num_slots) if mails else None
-        return Collectives(Mesh(plan), self.rank, self.device, self.choices("peer_sum", hidden=hidden), box)
+        hidden, mailbox = self.spec.hidden, None
+        if plan.sp and plan.strip_rows:
+            place, num_slots = self.rank % plan.tp, 2 if plan.most_rows > plan.strip_rows else 1
+            mailbox = Mailbox(place, plan.tp, plan.strip_rows, hidden, self.dtype, self.device, num_slots=num_slots)
+        return Collectives(Mesh(plan), self.rank, self.device, self.choices("peer_sum", hidden=hidden), mailbox)
 
     @cached_property
     def cos_sin(self) -> torch.Tensor:

@@ -26,7 +26,7 @@ class Plan:
     experts: Literal["gathered", "dispatched"] = "gathered"
     whole_edges: bool = False  # whether stages hand on every row, as the tensor link does, or each rank its own
     most_rows: int = 0  # of a step
-    strip_rows: int = 0  # where the residual is cut, a step of more rows passes in two strips (see strips.py); 0: none does
+    strip_rows: int = 0  # where the residual is cut, a step of more rows passes in two strips (see strips.py); 0: none does, nor by mail
     mtp: int = 0  # drafts of a sequence at the most, by the checkpoint's own head; 0: it is not loaded
     eplb: bool = False  # whether the loads of experts are counted, and which slots hold which may change
     num_redundant_experts: int = 0  # slots of a layer beyond its experts
@@ -126,6 +126,7 @@ class Plan:
             experts=settings.experts,
             whole_edges=settings.link == "tensor",
             most_rows=most_rows,
+            # no less than half a step, so that two strips have all of it; no more than a step: a mailbox is as large as a strip
             strip_rows=min(max(settings.strip_rows, -(-most_rows // 2)), most_rows) if settings.strip_rows else 0,
             mtp=mtp,
             eplb=eplb is not None,
