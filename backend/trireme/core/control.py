@@ -53,7 +53,7 @@ class StageState(msgspec.Struct, frozen=True, tag="state"):
     epoch: int = -1  # the last epoch joined
     num_pages: int = 0  # capacity, once ready
     num_snapshots: int | None = None  # room for copies of a sequence's states; None where no layer keeps any
-    activation_bytes: int = 0  # of a rank at the most, at the peak of the largest step; 0 on CPUs, where it is not measured
+    activation_bytes: int = 0  # of a rank at the most, at the peak of the largest step, and its mailbox; 0 on CPUs: not measured
     ranks: list[RankState] = []
     reordered: int = 0  # steps that came early and were held, since the stage began
     restarts: int = 0  # ranks started again

@@ -175,7 +175,8 @@ class Decoder(nn.Module):
             return Computed(walk.end(x, residual, deal))
         [logits] = x
         rows = normed.whole()
-        return Computed(logits, rows if self.mtp is None else rows.clone())  # the head that drafts exchanges rows before it reads these
+        # the head that drafts reads them after an exchange of its own, by which others may write where these were gathered (see Mail)
+        return Computed(logits, rows if self.mtp is None else rows.clone())
 
     def _enter(self, walk: Walk, batch: Batch, deal: Deal, rows: torch.Tensor | None) -> Sequence[torch.Tensor]:
         """The residual at home, by strips. Apart from forward, so that nothing keeps the rows from which it is cut."""

@@ -51,7 +51,7 @@ class Along:
         return highest, ids.masked_fill(values.view(torch.float32) < highest, torch.iinfo(torch.int32).max).amin(dim=0).long()
 
     def all_gather(self, x: torch.Tensor, counts: list[int]) -> torch.Tensor:
-        """[counts[place], ...] -> [sum of counts, ...], in the order of places; where mail carries them, to be read as soon as it says."""
+        """[counts[place], ...] -> [sum of counts, ...], in the order of places. What mail carries is soon written over: see Mail."""
         return x if self.size == 1 else self._carrier(x, counts).all_gather(x, counts)
 
     def reduce_scatter(self, x: torch.Tensor, counts: list[int]) -> torch.Tensor:

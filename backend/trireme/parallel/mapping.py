@@ -24,7 +24,7 @@ def map_others(memory: torch.Tensor, place: int, size: int, device: torch.device
             found[other] = mapped(msgspec.msgpack.decode(said[other]), place, device).view(memory.dtype).view(memory.shape)
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
-    reasons = [said.decode() for said in exchange("mapped", reason.encode())]
+    reasons = [each.decode() for each in exchange("mapped", reason.encode())]
     return next(filter(None, reasons), found)
 
 

@@ -69,12 +69,12 @@ class Peers:
     def give_up(self) -> None:
         """Kernels that wait for another rank end, within a millisecond, and so do all that come: a kernel cannot be cancelled.
         A rank whose peer was killed is freed by this alone. What they give is nothing."""
-        with torch.cuda.stream(_aside(self._boxes.given_up.device)):  # a copy, beside kernels that wait: another kernel might find no room
+        with torch.cuda.stream(_word_stream(self._boxes.given_up.device)):  # a copy: beside kernels that wait another might find no room
             self._boxes.given_up.copy_(self._one, non_blocking=True)
 
 
 @cache
-def _aside(device: torch.device) -> torch.cuda.Stream:
+def _word_stream(device: torch.device) -> torch.cuda.Stream:
     """For words to kernels that wait, one for all epochs: torch has 32 streams of each priority and deals them out in turns, those of 0
     to NCCL as well, and a word that comes behind a kernel that waits would wait with it."""
     return torch.cuda.Stream(device, priority=-1)

@@ -18,8 +18,10 @@ from trireme.parallel.comm import Group, LinkLost, make_unless
 from trireme.parallel.mapping import mapped, offer
 from trireme.parallel.placement import Placement
 
-_CHUNK = 4  # experts that a rank receives at once, and how many bytes if that is several: memory is set aside for them, and what steps
-_CHUNK_BYTES = 32 << 20  # send meets them on the same wires (32 MiB are 0.1 ms of NVLink, 1.3 ms of PCIe 4.0)
+# A rank receives so many experts at once, but no more bytes than these unless one expert alone is larger. Memory is set aside for them,
+# and what steps send meets them on the same wires: 32 MiB are 0.1 ms of NVLink, 1.3 ms of PCIe 4.0.
+_CHUNK = 4
+_CHUNK_BYTES = 32 << 20
 _LETTER = 1024  # bytes in which a rank offers its memory to another
 _ALIGN = 16  # bytes; at which each of an expert's tensors begins in its record
 _SEAL = 16  # bytes behind them: a canary (which expert of which layer it is) and a checksum, int64 both
@@ -92,7 +94,8 @@ class Records:
 
 class Seals:
     """Behind each record of a chunk a canary and a checksum of all before it, padding too: its words, weighed by odd numbers, so that
-    a word that differs changes the sum, and so do two that changed places. Memory of its own, so that nothing is allocated."""
+    a word that differs changes the sum, and so do two that changed places. The products have memory of their own: they are
+    as large as the chunk."""
 
     def __init__(self, size: int, chunk: int, device: torch.device):
         """Records of `size` bytes with their seals, `chunk` of them at once."""

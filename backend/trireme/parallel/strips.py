@@ -50,10 +50,12 @@ class Strips:
         return rows
 
     def _come(self) -> torch.Tensor:
+        """The next one, in a frame that is gone when a block has it: the iterator's would keep it."""
         strip = self._coming.pop(0)
         strip.done.wait()
         return strip.rows
 
 
 def joined(strips: list[torch.Tensor]) -> torch.Tensor:
+    """Strips [N, ...] each -> [sum of N, ...]."""
     return strips[0] if len(strips) == 1 else torch.cat(strips)

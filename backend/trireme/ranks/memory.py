@@ -138,14 +138,14 @@ def num_snapshots(room: Room, sizes: Sizes) -> int | None:
     return room.snapshots // sizes.snapshot if sizes.snapshot else None
 
 
-def stock(room: Room, in_flight: int, device: torch.device) -> None:
-    """Take what steps compute in once, as one block of which torch's allocator then cuts each tensor, `in_flight` of it for rows on
+def stock(room: Room, edge_bytes: int, device: torch.device) -> None:
+    """Take what steps compute in once, as one block of which torch's allocator then cuts each tensor, `edge_bytes` of it for rows on
     their way to another stage. Steps of a few rows more than any before would else each take new memory until none is left, and
     what lies about is given back only when the device has done all it was told, for which other stages would wait. A new capture
     of graphs gives the block back, so it is looked after in every epoch."""
     if device.type == "cpu":
         return
-    num_bytes = room.activations + room.activations // _FRAGMENTS + in_flight
+    num_bytes = room.activations + room.activations // _FRAGMENTS + edge_bytes
     if torch.cuda.mem_get_info(device)[0] > num_bytes:
         torch.empty(num_bytes, dtype=torch.uint8, device=device)
 

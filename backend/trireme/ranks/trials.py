@@ -23,8 +23,8 @@ SAMPLINGS = (
     GREEDY,
     DRAWN,
     Sampling(max_tokens=1, top_p=0.9),
-    Sampling(max_tokens=1, top_p=0.9, top_k=2),  # drawn from three candidates,
-    Sampling(max_tokens=1, top_p=0.9, top_k=15),  # and from 16, where ranks share a vocabulary
+    Sampling(max_tokens=1, top_p=0.9, top_k=2),  # drawn from three candidates where ranks share a vocabulary
+    Sampling(max_tokens=1, top_p=0.9, top_k=15),  # likewise from 16
     Sampling(max_tokens=1, top_k=20, min_p=0.05),
     Sampling(max_tokens=1, repetition_penalty=1.1, logit_bias={0: 1.0}, bad_words=((0,),), logprobs=2),
 )

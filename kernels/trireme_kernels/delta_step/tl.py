@@ -182,7 +182,8 @@ def launch(
     return out
 
 
-# Items amid a step's rows bring what begins anywhere. Of a, b, slots and fresh single numbers are read.
+# What belongs to items amid a step may begin at any address; of a, b, slots and fresh only single numbers are read, for which that
+# makes no other kernel.
 @triton.jit(do_not_specialize=["num_items", "num_rows"], do_not_specialize_on_alignment=["a", "b", "slots", "fresh"])
 def _delta_step_items(
     qkv, a, b, gate, inputs, held, slots, fresh, plan, num_items, num_rows, num_channels,
