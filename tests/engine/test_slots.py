@@ -40,3 +40,8 @@ def test_a_step_that_would_read_too_much_leaves_one():
     assert slots.deal(np.arange(4), decodes, 4).tolist() == [1, 2, 3]
     slots.planned[:] = [9, 9, 9, 9, 8, 8, 8, 8]
     assert slots.deal(np.arange(4), decodes, 4).tolist() == [0, 1, 2, 3], "without one it would read too little"
+
+
+def test_one_that_is_ready_alone_is_not_left():
+    slots, decodes = slots_of([1000, 10, 10, 10], [5, 6, 7, 8])
+    assert slots.deal(np.arange(1), decodes, 1).tolist() == [0]

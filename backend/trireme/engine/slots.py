@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-_UNEVEN = 0.02  # of the keys that a step reads: one sequence is left to the next where that brings it so much nearer to its share
+_UNEVEN = 0.02  # of the ready sequences' keys: where all could go, one is left if that brings the step so much nearer to its share
 
 
 class Slots:
@@ -73,9 +73,10 @@ class Slots:
         return slots[np.argsort(self.last_step[slots], kind="stable")]
 
     def deal(self, ready: np.ndarray, decodes: np.ndarray, most: int) -> np.ndarray:
-        """`most` of the ready slots at the most, in their order. Steps that take turns should read equally many keys, since their
-        stages wait for one another: so those are left to the next step without whom this one has its share, and one also where all
-        could go and this one has too many. Who was left once is not left again.
+        """Of the ready slots [n], as `ready` gives them, at most `most`, in that order: [k], k > 0 where n and `most` are; `decodes`:
+        bool [num_slots]. Steps that take turns should read equally many keys, since their stages wait for one another: so those are
+        left to the next step without whom this one has its share, and one of several also where all could go and this one has too
+        many. Only those planned last are left, so that nobody waits while others are planned twice.
 
         Keys 9 2 5 1 are ready, 4 3 in flight, and three are taken: of all 24 a step should read 12, so 5 is left, not the last one.
         """
@@ -86,7 +87,7 @@ class Slots:
             return ready[:most]
         keys, takes = self.planned[ready] + 1, np.ones(len(ready), bool)
         over = keys.sum() - (self.planned[decodes] + 1).mean() * most  # keys of those who are left, if all goes well
-        if not waits and over - np.abs(keys[may_wait] - over).min() > _UNEVEN * keys.sum():
+        if not waits and len(ready) > 1 and over - np.abs(keys[may_wait] - over).min() > _UNEVEN * keys.sum():
             waits = 1
         for left in range(waits, 0, -1):
             at = int(np.abs(keys[may_wait] - over / left).argmin())
