@@ -76,6 +76,12 @@ def test_readme_tree_is_the_real_one():
     assert not sorted((files | folders) - listed)
 
 
+def test_make_test_runs_every_folder():
+    """`make test` names them in the order in which they are dealt out."""
+    rooms = re.search(r"^ROOMS\s*:= \$\(addprefix tests/,(.*)\)$", (HOME / "Makefile").read_text(), re.MULTILINE)
+    assert rooms and sorted(rooms[1].split()) == sorted({path.parent.name for path in (HOME / "tests").glob("*/test_*.py")})
+
+
 def _mutable_names(node: ast.stmt) -> list[str]:
     """Names that a statement at module level binds to something that can change."""
     if isinstance(node, ast.Assign):

@@ -116,5 +116,7 @@ def test_mixtures_of_two_ranks_early_and_late():
     assert [found[f"mixture_ms_{name}"] for name in ("early", "late")] == [3.5, 2.7]
     assert [found[f"mixture_ms_{name}_mean"] for name in ("early", "late")] == [2.5, 2.5]
     assert [found[f"sums_ms_{name}_mean"] for name in ("early", "late")] == pytest.approx([1.5, 1.5])
+    ops = Window(16, 4.0, 0.0, [Spent("aten::mm", "products", 96.0, 3.0, 3.0)])
+    assert mixture_times([each._replace(window=ops) for each in profiles]) == {}, "a CPU's ops do not say whose they are"
     bars = [Bar(0, number, 0, 8, float(number), 0.0, 1.0) for number in range(100)]
     assert [bar.number for bar in without_profiled(bars, profiles) if not bar.rows] == list(range(39, 70))

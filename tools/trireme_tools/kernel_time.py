@@ -74,7 +74,7 @@ class Window(NamedTuple):
 
 
 def look_at(kernels: Kernels, marks: Sequence[int]) -> Window:
-    """Of the steps between marks, which are times: steps + 1 of them."""
+    """What the steps between marks were made of: nanoseconds of the kernels' clock, one more than steps."""
     begin, end, steps = marks[0], marks[-1], len(marks) - 1
     inside = (kernels.starts < end) & (kernels.ends > begin)
     which = kernels.which[inside]
@@ -94,8 +94,9 @@ def look_at(kernels: Kernels, marks: Sequence[int]) -> Window:
 
 
 def _own(starts: np.ndarray, ends: np.ndarray, waits: np.ndarray) -> np.ndarray:
-    """The part of each kernel's time that is told of it alone, so that parts add up to the time in which any ran: where kernels
-    overlap the one that started first has it, for those after it wait for it; and one of `waits` has only what no other has.
+    """int64 [n], the part of each kernel's nanoseconds that is told of it alone, so that parts add up to the time in which any ran:
+    where kernels overlap the one that started first has it, for those after it wait for it; and one of `waits`, bool [n], has only
+    what no other has.
 
     >>> _own(np.array([0, 1, 2]), np.array([3, 5, 9]), np.array([False, False, False])).tolist()
     [3, 2, 4]
@@ -115,7 +116,7 @@ def _own(starts: np.ndarray, ends: np.ndarray, waits: np.ndarray) -> np.ndarray:
 
 
 def _pieces(starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(begins, ends, order): disjoint pieces in the order of starts, each what its interval has after all before it."""
+    """(begins, ends, order), int64 [n]: disjoint pieces in the order of starts, each what its interval has after all before it."""
     order = np.argsort(starts, kind="stable")
     reach = np.maximum.accumulate(np.concatenate([[0], ends[order]]))[:-1] if len(order) else starts
     begins = np.maximum(starts[order], reach)

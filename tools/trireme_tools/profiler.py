@@ -37,7 +37,7 @@ class Profile(NamedTuple):
 
 
 def decodes(output_len: int, where: float = 0.5) -> Window:
-    """A window of a run in which every sequence decodes `output_len` tokens: as a share of those that are before it."""
+    """A window of a run in which every sequence decodes `output_len` tokens: the part `where` of its steps is before the middle."""
     steps = max(1, min(_MOST_STEPS, output_len // 4))
     return Window(skip=max(1, round(where * output_len) - _LEAD - steps // 2), steps=_LEAD + steps)
 
@@ -61,14 +61,15 @@ class Profiler:
 
     @contextmanager
     def recording(self, windows: Mapping[str, Window]) -> Iterator[None]:
-        """Around a run: those windows of it, in their order, by what they are called in `profiles`."""
+        """Around a run: those windows of it, in their order, by what they are called in `profiles`. Refusal where a rank is silent or
+        has ended."""
         for connection in self._ranks.values():
-            connection.send_bytes(msgspec.msgpack.encode(list(windows.values())))
+            self._tell(connection, list(windows.values()))
         for connection in self._ranks.values():
             self._hear(connection)
         yield
         for connection in self._ranks.values():
-            connection.send_bytes(msgspec.msgpack.encode([]))
+            self._tell(connection, [])
         for (stage, rank), connection in sorted(self._ranks.items()):
             recordings = msgspec.msgpack.decode(self._hear(connection), type=list[Recording])
             for (what, window), recording in zip(windows.items(), recordings, strict=False):
@@ -76,13 +77,23 @@ class Profiler:
                 if len(recording.rows) > lead:
                     self.profiles.append(_profile(what, stage, rank, recording, lead))
 
+    def _tell(self, connection: Connection, windows: list[Window]) -> None:
+        try:
+            connection.send_bytes(msgspec.msgpack.encode(windows))
+        except OSError:
+            raise _ended() from None
+
     def _hear(self, connection: Connection) -> bytes:
         if not connection.poll(_PATIENCE_S):
             raise Refusal("a rank's profiler does not answer", why=f"it was silent for {_PATIENCE_S:g} s", kind="internal")
         try:
             return connection.recv_bytes()
-        except EOFError:
-            raise Refusal("a rank ended while it was profiled", why="its own words are above", kind="internal") from None
+        except (EOFError, OSError):
+            raise _ended() from None
+
+
+def _ended() -> Refusal:
+    return Refusal("a rank ended while it was profiled", why="its own words are above", kind="internal")
 
 
 def _profile(what: str, stage: int, rank: int, recording: Recording, lead: int) -> Profile:

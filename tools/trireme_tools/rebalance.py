@@ -48,7 +48,8 @@ def bench(
         bool, typer.Option(help="Run also with no copies and no moves and, for the bound, so with a router that is even.")
     ] = True,
     profile: Annotated[
-        bool, typer.Option(help="Also the mixtures' own time, in a window of steps early in each run and in one late: the busiest rank's.")
+        bool,
+        typer.Option(help="GPUs: also the mixtures' own time in a window of steps early in each run and in one late, the busiest rank's."),
     ] = False,
     output: Annotated[Path, typer.Option(help="Where to write the report, and beside it NAME.png: every step's time.")] = Path(
         "build/eplb/bench.json"
@@ -110,11 +111,12 @@ def without_profiled(bars: Sequence[Bar], profiles: Sequence[Profile]) -> list[B
 
 def mixture_times(profiles: Sequence[Profile]) -> dict[str, float]:
     """Of one stage's ranks: the time of a step that routing and experts take, all layers, the busiest rank's and the mean; and that of
-    the sums after them, in which the others wait for the busiest. Milliseconds."""
+    the sums after them, in which the others wait for the busiest. Milliseconds; nothing where no kernel is known as a mixture's, as
+    among the ops of a CPU."""
     found = {}
     for name in _WINDOWS:
         ranks = [{group.name: group.ms for group in each.window.groups} for each in profiles if each.what == name]
-        if ranks:
+        if any(group in rank for rank in ranks for group in MIXTURE):
             times = [sum(rank.get(group, 0.0) for group in MIXTURE) for rank in ranks]
             found |= {f"mixture_ms_{name}": max(times), f"mixture_ms_{name}_mean": float(np.mean(times))}
             found[f"sums_ms_{name}_mean"] = float(np.mean([sum(rank.get(group, 0.0) for group in SUMS) for rank in ranks]))
@@ -123,7 +125,7 @@ def mixture_times(profiles: Sequence[Profile]) -> dict[str, float]:
 
 def steps_around_moves(steps: Steps, history: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Medians before the first balancing move and after the last, what commits stalled, and the steps that are longest for their
-    neighbours, while experts moved and elsewhere. Milliseconds."""
+    neighbours, while experts moved and elsewhere. Milliseconds. Refusal where too few steps decoded all sequences to say that."""
     balancing = [event for event in history if event["reason"] == "balance"]
     before = steps.number < (balancing[0]["offered"] if balancing else np.inf)
     after = steps.number > (balancing[-1]["step"] if balancing else np.inf)
@@ -189,6 +191,7 @@ def _over_neighbours(took: np.ndarray) -> np.ndarray:
 
 
 def _around(values: np.ndarray, at: int) -> np.ndarray:
+    """Those of `values` [N] on both sides of one, without it."""
     return np.concatenate([values[max(0, at - _NEIGHBOURS) : at], values[at + 1 : at + 1 + _NEIGHBOURS]])
 
 
@@ -242,7 +245,8 @@ def _show_longest(console: Console, name: str, report: dict[str, Any]) -> None:
     """Of one run: which steps those are, and what of them took longer."""
     for at, stage in enumerate(report["stages"]):
         for part, steps in stage["longest"].items():
-            console.print(f"longest steps of {name}, stage {at}, {part.replace('_', ' ')}:")
+            if steps:
+                console.print(f"longest steps of {name}, stage {at}, {part.replace('_', ' ')}:")
             for step in steps:
                 where = "" if step["after_offer"] is None else f", {step['after_offer']} after an offer"
                 where += ", puts maps in force" if step["commits"] else ""

@@ -63,7 +63,8 @@ class Steps(NamedTuple):
 
 
 def steps_of(bars: Sequence[Bar], batch: int, history: Sequence[dict[str, Any]]) -> Steps:
-    """Of one stage's steps those that decode `batch` sequences, as the step before does."""
+    """Of one stage's steps those that decode `batch` sequences, as the step before does. `history`: that stage's events, as the
+    service of experts' maps saves them."""
     bars = sorted(bars, key=lambda bar: (bar.epoch, bar.number))
     pairs = [(before, bar) for before, bar in pairwise(bars) if before.rows == bar.rows == batch]
     commits = np.array([bar.number for bar in bars if bar.stalled > 0], np.int64)

@@ -77,7 +77,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, fo
     eplb: Eplb | None = None  # None: each expert stays in the slot of its number
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where this host has a GPU for every rank
     devices: list[list[int]] | None = None  # GPUs of the ranks of each stage; None: the first ones there are
-    layer_cut: list[int] | None = None  # layers of each stage; None: by the cost model
+    layer_cut: list[int] | None = None  # layers of each stage; None: by what stages compute for a token
     async_depth: int | None = None  # steps in flight beyond pp; None: 2 on GPUs, 1 on CPUs
     link: Literal["collective", "tensor"] = "collective"  # how rows go from stage to stage
     threads_per_rank: int | None = None  # CPU threads; None: cores / ranks

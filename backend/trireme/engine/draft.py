@@ -44,7 +44,7 @@ class DraftCost:
         self._num_new = 0  # samples since it was looked for
 
     def learn(self, num_rows: int, num_drafts: int, verifies: bool, seconds: float) -> None:
-        """A step without rows of prompts that were not sampled, and the time that its device waited for it."""
+        """A step all of whose rows are sampled, and how long it took the first stage: from the end of its step before."""
         self._samples.append((1.0, num_rows, num_drafts, verifies, seconds))
         self._num_new += 1
         if self._num_new < _FIT_EVERY:
