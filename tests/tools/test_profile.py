@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from multiprocessing import Pipe
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from tiny import tiny_checkpoint
 from trireme.core.refusal import Refusal
 from trireme_tools.cli import build
 from trireme_tools.kernel_time import MIXTURE, OTHER, SUMS, Kernels, Spent, Window, group_of, look_at
-from trireme_tools.profiler import Profile
+from trireme_tools.profiler import Profile, Profiler
 from trireme_tools.rebalance import mixture_times, without_profiled
 from trireme_tools.timeline import Bar
 
@@ -102,6 +103,14 @@ def test_a_profile_is_of_steps_that_are_alike(tmp_path):
     model = tiny_checkpoint(tmp_path / "model", "qwen3")
     with pytest.raises(Refusal, match="nothing is profiled"):
         CliRunner().invoke(build(), ["bench", "--offline", "--profile", f"--model={model}"], catch_exceptions=False)
+
+
+def test_a_rank_that_ended_is_refused_in_words():
+    profiler = Profiler()
+    profiler._ranks[0, 0], end = Pipe()
+    end.close()
+    with pytest.raises(Refusal, match="a rank ended while it was profiled"), profiler.recording({}):
+        pass
 
 
 def test_mixtures_of_two_ranks_early_and_late():

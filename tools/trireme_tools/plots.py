@@ -1,4 +1,4 @@
-"""Pictures: a load as the client saw it, prefill by prompt length, steps as bars and one by one, loads of ranks. Measures nothing."""
+"""Pictures: a load as the client saw it, plans side by side, steps as bars and one by one, loads of ranks. Measures nothing."""
 
 from __future__ import annotations
 

@@ -139,7 +139,7 @@ def steps_around_moves(steps: Steps, history: Sequence[dict[str, Any]]) -> dict[
         "commits": int((steps.stalled > 0).sum()),
         "moves": len(balancing),
         "received_experts": sum(event["received"] for event in balancing),
-        "moved_bytes": sum(event.get("moved_bytes", 0) for event in history),
+        "moved_bytes": sum(event["moved_bytes"] for event in balancing),
         "step_ms_before": _median(steps.took[before]),
         "step_ms_while": _median(steps.took[~before & ~after & near]),
         "step_ms_after": _median(steps.took[after]),
