@@ -8,21 +8,19 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-import msgspec
 import numpy as np
 import torch
 
 from trireme.core.maps import is_legal
 from trireme.parallel.collectives import Along
 from trireme.parallel.comm import Group, LinkLost, make_unless
-from trireme.parallel.mapping import mapped, offer
+from trireme.parallel.mapping import Exchange, map_others
 from trireme.parallel.placement import Placement
 
 # A rank receives so many experts at once, but no more bytes than these unless one expert alone is larger. Memory is set aside for them,
 # and what steps send meets them on the same wires: 32 MiB are 0.1 ms of NVLink, 1.3 ms of PCIe 4.0.
 _CHUNK = 4
 _CHUNK_BYTES = 32 << 20
-_LETTER = 1024  # bytes in which a rank offers its memory to another
 _ALIGN = 16  # bytes; at which each of an expert's tensors begins in its record
 _SEAL = 16  # bytes behind them: a canary (which expert of which layer it is) and a checksum, int64 both
 
@@ -257,22 +255,10 @@ class Relocation:
 
     def _map(self, group: Group) -> str:
         """See the memory that every rank sends from; or why not, for some rank."""
-        size, place = self._along.size, self._along.place
-        said = [msgspec.msgpack.encode(offer(self._sent, [other] if other != place else [])) for other in range(size)]
-        assert all(len(each) <= _LETTER - 4 for each in said), "a few handles of 64 bytes"
-        letters = b"".join((len(each).to_bytes(4, "little") + each).ljust(_LETTER, b"\0") for each in said)
-        came = group.all_to_all(torch.frombuffer(bytearray(letters), dtype=torch.uint8).view(size, _LETTER), [1] * size, [1] * size)
-        sources, why = [self._sent] * size, ""
-        for other, letter in enumerate(bytes(row.tolist()) for row in came):
-            if other != place:
-                offered = msgspec.msgpack.decode(letter[4 : 4 + int.from_bytes(letter[:4], "little")])
-                try:
-                    sources[other] = mapped(offered, place, self._device).view(self._sent.shape)
-                except (RuntimeError, ValueError) as error:
-                    why = str(error).splitlines()[0]
-        if not _agree(group, size, not why):
-            return why or "another rank cannot"
-        self._sources = sources
+        others = map_others(self._sent, self._along.place, self._along.size, self._device, _by_way_of(group, self._along.size))
+        if isinstance(others, str):
+            return others
+        self._sources = [others.get(place, self._sent) for place in range(self._along.size)]
         return ""
 
     def _walk(self, group: Group) -> list[Move]:
@@ -385,3 +371,16 @@ def _canary(move: Move) -> int:
 def _agree(group: Group, size: int, said: bool) -> bool:
     """Whether all of the group's processes say so; none goes on before all have come here."""
     return bool(group.all_to_all(torch.full((size, 1), said, dtype=torch.uint8), [1] * size, [1] * size).all())
+
+
+def _by_way_of(group: Group, size: int) -> Exchange:
+    """What is told by the group's processes, which all say something under a name before they go on to the next."""
+
+    def exchange(_: str, said: bytes) -> list[bytes]:
+        lengths = group.all_to_all(torch.full((size,), len(said)), [1] * size, [1] * size).tolist()
+        if not any(lengths):
+            return [b""] * size
+        told = group.all_to_all(torch.tensor(list(said * size), dtype=torch.uint8), [len(said)] * size, lengths)
+        return [bytes(each.tolist()) for each in told.split(lengths)]
+
+    return exchange
