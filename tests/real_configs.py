@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-_QWEN3_MOE = {
-    "architectures": ["Qwen3MoeForCausalLM"],
+_QWEN3 = {
     "head_dim": 128,
-    "num_key_value_heads": 4,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "norm_topk_prob": True,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
     "vocab_size": 151936,
     "max_position_embeddings": 40960,
     "rope_theta": 1e6,
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
+}
+_QWEN3_MOE = {
+    **_QWEN3,
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_key_value_heads": 4,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
 }
 QWEN3_30B = {
     **_QWEN3_MOE,
@@ -35,19 +38,13 @@ QWEN3_235B = {
     "moe_intermediate_size": 1536,
 }
 QWEN3_8B = {
+    **_QWEN3,
     "architectures": ["Qwen3ForCausalLM"],
     "hidden_size": 4096,
     "num_hidden_layers": 36,
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
-    "head_dim": 128,
     "intermediate_size": 12288,
-    "vocab_size": 151936,
-    "max_position_embeddings": 40960,
-    "rope_theta": 1e6,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
 }
 LLAMA_70B = {
     "architectures": ["LlamaForCausalLM"],

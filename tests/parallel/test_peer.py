@@ -160,7 +160,7 @@ def seamed(place: int, store: Any, epoch: int, device: torch.device) -> tuple[fl
     too_large = torch.empty(most + 1, dtype=dtype, device=device)
     collectives.begin({span: group}, {span: peers})
     collectives.leave()
-    return worst, most, int(peers.take(too_large))
+    return worst, most, int(peers.takes(too_large))
 
 
 def test_a_seam_gives_what_it_gives_by_nccl():

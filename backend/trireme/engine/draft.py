@@ -86,8 +86,8 @@ class DraftLength:
         self._num_asked += 1
         if not self._adapts:
             return len(self.rates)
-        probes = {0: len(self.rates), _PROBE_ONE: 1, _PROBE_NONE: 0}
-        return probes.get(self._num_asked % _PROBE_EVERY, self.best(num_sequences))
+        probe = {0: len(self.rates), _PROBE_ONE: 1, _PROBE_NONE: 0}.get(self._num_asked % _PROBE_EVERY)
+        return self.best(num_sequences) if probe is None else probe
 
     def best(self, num_sequences: int = 1) -> int:
         """The number of drafts with the most tokens for a step's cost.

@@ -36,7 +36,7 @@ class Along:
     def peers(self, x: torch.Tensor) -> Peers | None:
         """Who sums x faster than the group; the same answer on all ranks."""
         peers = self._owner.peers(self._span)
-        return peers if peers is not None and peers.take(x) else None
+        return peers if peers is not None and peers.takes(x) else None
 
     def best(self, values: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """values float32 [n], ids int64 [n] from 0 to 2**31 - 1 -> the highest of each row over the ranks and its id, of equals the

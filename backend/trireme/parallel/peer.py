@@ -50,7 +50,7 @@ class Peers:
         self.most = _NUM_CELLS * hidden
         self._one = torch.ones(1, dtype=torch.int32, pin_memory=True)
 
-    def take(self, x: torch.Tensor) -> bool:
+    def takes(self, x: torch.Tensor) -> bool:
         """Whether x is summed this way: the same on all ranks, which bring tensors of one shape."""
         return x.dtype == self.dtype and 0 < x.numel() <= self.most
 
