@@ -127,7 +127,9 @@ def crossed(place: int, store: Any, epoch: int, device: torch.device) -> list[fl
         name, mail = f"seam {plan.strip_rows}", None
         if mailbox is not None:
             mail = mailbox.meet(
-                choices("peer_sum", hidden=hidden), lambda about, said, name=name: exchange(store, epoch, f"{name}.{about}", place, 2, said)
+                choices("peer_sum", hidden=hidden),
+                collectives.words,
+                lambda about, said, name=name: exchange(store, epoch, f"{name}.{about}", place, 2, said),
             )
             assert isinstance(mail, Mail), mail
         collectives.begin({span: form_group(store, epoch, name, place, 2, LIMIT_S, device) for span in collectives.spans}, mail=mail)

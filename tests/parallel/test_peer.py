@@ -36,7 +36,8 @@ def meet(place: int, size: int, store: Any, epoch: int, device: torch.device, hi
     def tell(about: str, said: bytes) -> list[bytes]:
         return exchange(store, epoch, f"{hidden} {dtype} {about}", place, size, said)
 
-    peers = meet_peers(place, size, device, hidden=hidden, dtype=dtype, op=op, exchange=tell)
+    words = torch.cuda.Stream(device, priority=-1)
+    peers = meet_peers(place, size, device, hidden=hidden, dtype=dtype, op=op, words=words, exchange=tell)
     assert isinstance(peers, Peers), peers
     return peers
 

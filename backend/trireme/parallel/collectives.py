@@ -108,6 +108,12 @@ class Collectives:
         return sorted(self._needed)
 
     @cached_property
+    def words(self) -> torch.cuda.Stream:
+        """Of a GPU: for words to kernels that wait, one for all epochs. torch has 32 streams of each priority and deals them out in
+        turns, those of 0 to NCCL as well, and a word that comes behind a kernel that waits would wait with it."""
+        return torch.cuda.Stream(self.device, priority=-1)
+
+    @cached_property
     def aside(self) -> Aside:
         """Of all layers."""
         return Aside(self.device)

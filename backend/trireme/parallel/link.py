@@ -90,7 +90,7 @@ def form_link(
         def tell(about: str, said: bytes) -> list[bytes]:
             return exchange(meeting, epoch, f"{name}.{about}", place, span.size, said)
 
-        peers = meet_peers(place, span.size, device, hidden=hidden, dtype=dtype, op=op, exchange=tell)
+        peers = meet_peers(place, span.size, device, hidden=hidden, dtype=dtype, op=op, words=collectives.words, exchange=tell)
         log = logger(f"stage_{stage} rank {rank}")
         if isinstance(peers, str):
             log.info("sums of %s by NCCL alone: %s", name, peers)
@@ -102,7 +102,11 @@ def form_link(
         op, mailbox = collectives.peer_sum, collectives.mailbox
         if op is None or mailbox is None or span != collectives.mesh.spans["tp"]:
             return None
-        mail = mailbox.meet(op, lambda about, said: exchange(meeting, epoch, f"{name}.{about}", mailbox.place, span.size, said))
+
+        def tell(about: str, said: bytes) -> list[bytes]:
+            return exchange(meeting, epoch, f"{name}.{about}", mailbox.place, span.size, said)
+
+        mail = mailbox.meet(op, collectives.words, tell)
         told = f"not by mail: {mail}" if isinstance(mail, str) else "by mail"
         logger(f"stage_{stage} rank {rank}").info("rows of large steps along %s: %s", name, told)
         return None if isinstance(mail, str) else mail

@@ -51,8 +51,9 @@ class Mailbox:
         shares, rows = memory.split([slots * num * share * hidden for num in (size - 1, size)])
         return _Box(shares.view(slots, size - 1, share, hidden), rows.view(slots, size * share, hidden))
 
-    def meet(self, peer_sum: PeerSum, exchange: Exchange) -> Mail | str:
-        """With the others along the group, in an epoch; blocks until all are here. Or, on all of them, why they cannot mail."""
+    def meet(self, peer_sum: PeerSum, words: torch.cuda.Stream, exchange: Exchange) -> Mail | str:
+        """With the others along the group, in an epoch; blocks until all are here. Or, on all of them, why they cannot mail. `words`:
+        see Collectives.words."""
         device, dtype = self.memory.device, self.memory.dtype
         with torch.cuda.device(device):  # a thread has a device of its own
             others = map_others(self.memory, self.place, self.size, device, lambda name, said: exchange(f"mail {name}", said))
@@ -65,6 +66,7 @@ class Mailbox:
                 hidden=_BELL,
                 dtype=dtype,
                 op=peer_sum,
+                words=words,
                 exchange=lambda name, said: exchange(f"bell {name}", said),
             )
             return bell if isinstance(bell, str) else Mail(self, others, bell)

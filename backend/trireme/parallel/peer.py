@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -45,8 +45,8 @@ class Peers:
     """The group's sums of up to `most` numbers, and the best of what its ranks found. Calls are put on the current stream, and may be
     captured."""
 
-    def __init__(self, boxes: Boxes, op: PeerSum, dtype: torch.dtype, hidden: int):
-        self._boxes, self._op, self.dtype, self.hidden = boxes, op, dtype, hidden
+    def __init__(self, boxes: Boxes, op: PeerSum, dtype: torch.dtype, hidden: int, words: torch.cuda.Stream):
+        self._boxes, self._op, self.dtype, self.hidden, self._words = boxes, op, dtype, hidden, words
         self.most = _NUM_CELLS * hidden
         self._one = torch.ones(1, dtype=torch.int32, pin_memory=True)
 
@@ -69,21 +69,22 @@ class Peers:
     def give_up(self) -> None:
         """Kernels that wait for another rank end, within a millisecond, and so do all that come: a kernel cannot be cancelled.
         A rank whose peer was killed is freed by this alone. What they give is nothing."""
-        with torch.cuda.stream(_word_stream(self._boxes.given_up.device)):  # a copy: beside kernels that wait another might find no room
+        with torch.cuda.stream(self._words):  # a copy: beside kernels that wait another might find no room
             self._boxes.given_up.copy_(self._one, non_blocking=True)
 
 
-@cache
-def _word_stream(device: torch.device) -> torch.cuda.Stream:
-    """For words to kernels that wait, one for all epochs: torch has 32 streams of each priority and deals them out in turns, those of 0
-    to NCCL as well, and a word that comes behind a kernel that waits would wait with it."""
-    return torch.cuda.Stream(device, priority=-1)
-
-
 def meet_peers(
-    place: int, size: int, device: torch.device, *, hidden: int, dtype: torch.dtype, op: PeerSum, exchange: Exchange
+    place: int,
+    size: int,
+    device: torch.device,
+    *,
+    hidden: int,
+    dtype: torch.dtype,
+    op: PeerSum,
+    words: torch.cuda.Stream,
+    exchange: Exchange,
 ) -> Peers | str:
-    """Blocks until all members are here. Or, on all of them, why they do not see each other's memory."""
+    """Blocks until all members are here. Or, on all of them, why they do not see each other's memory. `words`: see Collectives.words."""
     bits = torch.int16 if dtype.itemsize == 2 else torch.int32
     cell = 1 << (hidden - 1).bit_length()
     with torch.cuda.device(device):  # a thread has a device of its own
@@ -92,11 +93,11 @@ def meet_peers(
         mapped = map_others(box, place, size, device, exchange)
         if isinstance(mapped, str):
             return mapped
-        every = [mapped[other] if other != place else box for other in range(size)]
+        every = [mapped.get(other, box) for other in range(size)]
         given_up = torch.zeros(1, dtype=torch.int32, device=device)
         addresses = torch.tensor([*(each.data_ptr() for each in every), given_up.data_ptr()], device=device)
         turns = torch.zeros(_NUM_CELLS, dtype=torch.int32, device=device)
-    return Peers(Boxes(place, every, addresses, turns, given_up), op, dtype, hidden)
+    return Peers(Boxes(place, every, addresses, turns, given_up), op, dtype, hidden, words)
 
 
 def find_most(peers: Peers, group: Group, device: torch.device, exchange: Exchange, limit_s: float, give_up: Callable[[], bool]) -> str:
