@@ -117,8 +117,9 @@ class Decoder(nn.Module):
         self.embed = Embed(build) if build.first else None
         blocks = [block for layer in plan.layers(build.stage) for block in layer_blocks(build, layer)]
         self.mtp: MtpHead | None = None
+        self.head: Head | None = None
         if build.last:
-            head = Head(build, tied=self.embed.weight if self.embed is not None and spec.tie_word_embeddings else None)
+            self.head = head = Head(build, tied=self.embed.weight if self.embed is not None and spec.tie_word_embeddings else None)
             blocks.append(head)
             self.mtp = MtpHead(build, head, self.embed) if plan.mtp else None
         self.blocks = nn.ModuleList(blocks)
