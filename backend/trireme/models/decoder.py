@@ -219,6 +219,18 @@ class Decoder(nn.Module):
                     seen.add(id(param))
                     yield f"{part.name}.{name}", param
 
+    def multiply_any(self, num_rows: int) -> None:
+        """Each product of a step's rows once, of rows that mean nothing; layers have the same ones."""
+        head = None if self.head is None else self.head.proj
+        products = {linear.form: linear for linear in self.modules() if isinstance(linear, Linear) and linear is not head}
+        for linear in products.values():
+            linear.multiply_any(num_rows)
+
+    def sample_any(self, num_rows: int) -> None:
+        """The same of rows that are sampled."""
+        if self.head is not None:
+            self.head.proj.multiply_any(num_rows, torch.float32)
+
     def prepare(self) -> None:
         """Once every parameter is filled: weights take the form in which they are multiplied."""
         for module in self.modules():

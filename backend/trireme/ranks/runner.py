@@ -29,7 +29,7 @@ from trireme.ranks.chains import Chains
 from trireme.ranks.drafter import Drafter
 from trireme.ranks.fed import FedTokens
 from trireme.ranks.graphs import Graph, Graphs, Record, Recorder, shapes, why_none
-from trireme.ranks.logprobs import Prompts, Stretch
+from trireme.ranks.logprobs import CHUNK, Prompts, Stretch
 from trireme.ranks.memory import Sizes, check_states, find_room, num_pages, num_snapshots, stock
 from trireme.ranks.mixtures import Mixtures
 from trireme.ranks.regimes import find_sp_from, largest_steps
@@ -39,7 +39,7 @@ from trireme.ranks.sampler import Sampled, Sampler
 from trireme.ranks.staging import download, upload
 from trireme.ranks.states import States
 from trireme.ranks.stopwatch import Stopwatch
-from trireme.ranks.trials import DRAWN, GREEDY, SAMPLINGS, Trial, arrivals, trials
+from trireme.ranks.trials import DRAWN, GREEDY, SAMPLINGS, Trial, arrivals, tiles, trials
 from trireme_kernels.choose import Choices
 
 
@@ -418,6 +418,10 @@ class Runner:
             for mixture in self._decoder.mixtures:
                 for num_rows in arrivals(most_rows, mixture.placement.slots_per_rank, self._decoder.build.spec.num_experts_per_tok):
                     mixture.compute_any(num_rows)
+            for num_rows in tiles(most_rows):
+                self._decoder.multiply_any(num_rows)
+            for num_rows in tiles(max(most_items + most_drafting * num_drafts, CHUNK)):
+                self._decoder.sample_any(num_rows)
         progress("is measuring its memory")
         self.room = find_room(
             settings,
