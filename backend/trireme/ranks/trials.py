@@ -1,6 +1,7 @@
 """Trials: steps that mean nothing, of every kind for which a kernel in the Triton language is compiled anew, and every way to sample. A
 rank that has passed them has compiled all that a request can ask of it. Which sizes make a difference the kernels decide: number of
-rows, of items, of sampled rows, each up to the next power of two, and where in memory an item's first row begins. And numbers of rows for products of torch, whose kernels are there but not loaded."""
+rows, of items, of sampled rows, each up to the next power of two, and where in memory an item's first row begins. And numbers of rows
+for products by cuBLAS, whose kernels are compiled but not loaded."""
 
 from __future__ import annotations
 
