@@ -34,7 +34,8 @@ def any_steps(settings: Settings, num_steps: int, *, num_drafts: int, vocab_size
                 continue
             count = chance.choice([1, chance.randint(1, 16), chance.randint(1, 200)])  # a prompt, or what is left of one
             if decodes:
-                count = 1 + drafting * (chance.randint(0, num_drafts) if number % 2 else num_drafts)
+                drafts = sum(holds for *_, holds in items) < settings.mtp.max_batch_size and drafting
+                count = 1 + drafts * (chance.randint(0, num_drafts) if number % 2 else num_drafts)
             count = min(count, left, max_len - start)
             if not count:
                 break

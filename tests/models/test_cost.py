@@ -16,6 +16,7 @@ from trireme.models.cost import (
     activation_bytes,
     held_bytes,
     kv_bytes_per_token,
+    mailbox_bytes,
     rank_param_bytes,
     state_bytes,
 )
@@ -123,6 +124,21 @@ def test_each_of_two_stages_has_half_of_35b():
             held = [rank_param_bytes(spec, plan, stage, 0, 2) for stage in range(2)]
             assert held == wanted and max(held) <= most
             assert sum(state_bytes(spec, plan, stage, 2) for stage in range(2)) == 30 * (3 * 8192 * 2 + 32 * 128 * 128 * 4)
+
+
+@pytest.mark.parametrize(("rows", "strip_rows"), [(8192, 8192), (8192, 4096), (300, 8192), (16384, 0)])
+@pytest.mark.parametrize("tp", [2, 3])
+def test_memory_for_mail_is_what_ranks_allocate(tp: int, rows: int, strip_rows: int):
+    sizes = {"tensor_parallel_size": tp, "sequence_parallel": "on", "max_num_batched_tokens": rows, "strip_rows": strip_rows}
+    plan = Plan.of(make_settings({"model": "/m", **sizes}), spec := spec_of("qwen3", intermediate_size=90, num_key_value_heads=6))
+    told = mailbox_bytes(spec, plan, 2)
+    assert mailbox_bytes(spec, Plan.of(make_settings({"model": "/m", **sizes, "sequence_parallel": "off"}), spec), 2) == 0
+    if not strip_rows:
+        assert told == 0
+        return
+    build = Build(spec, plan, 0, torch.device("meta"), torch.bfloat16, Choices("cpu", torch.bfloat16), rank=1)
+    mailbox = build.mailbox
+    assert mailbox is not None and told == mailbox.memory.nbytes
 
 
 def test_a_row_may_find_more_of_its_experts_on_a_rank_that_has_more_slots():

@@ -46,9 +46,19 @@ def test_keys_and_values_take_what_weights_leave():
     held = predict(LLAMA_70B, tensor_parallel_size=8)
     rank = held.fullest
     assert rank.kv_per_token == 2 * 80 * 128 * 2
-    left = H100.usable_bytes - rank.weights - rank.activations
+    left = H100.usable_bytes - rank.fixed
     assert held.capacity_tokens == left // rank.kv_per_token // 16 * 16
     assert held.capacity_requests == held.capacity_tokens // 8192
+
+
+def test_where_rows_are_cut_memory_for_mail_is_no_keys_and_values():
+    """Two ranks, steps of 8192 rows of 8192 numbers: on each 8192 gathered rows and the other's 4096 of a sum."""
+    sizes = {"tensor_parallel_size": 2, "max_num_batched_tokens": 8192, "device": replace(H100, memory_bytes=141 * GIB)}
+    whole, cut = predict(LLAMA_70B, **sizes), predict(LLAMA_70B, **sizes, sequence_parallel="on")
+    assert [rank.mailbox for rank in (whole.fullest, cut.fullest)] == [0, 12288 * 8192 * 2]
+    rank = cut.fullest
+    assert cut.capacity_tokens == (cut.usable_bytes - rank.weights - rank.activations - rank.mailbox) // rank.kv_per_token // 16 * 16
+    assert predict(LLAMA_70B, **sizes | {"device": DEVICES["CPU"]}, sequence_parallel="on").fullest.mailbox == 0
 
 
 def test_a_sequence_of_a_hybrid_model_takes_states_and_few_pages():
@@ -59,7 +69,7 @@ def test_a_sequence_of_a_hybrid_model_takes_states_and_few_pages():
     assert (rank.kv_per_token, rank.state, rank.held) == (10 * 2 * 2 * 256 * 2, 30 * (3 * 8192 * 2 + 32 * 128 * 128 * 4), 0)
     assert rank.per_request == 2 * rank.state
     roomy = predict(QWEN3_5_35B, device=sheet, mtp={"num_tokens": 0})
-    left = sheet.usable_bytes - rank.weights - rank.activations
+    left = sheet.usable_bytes - rank.fixed
     assert roomy.capacity_requests == left // (8192 * rank.kv_per_token + rank.per_request)
     assert roomy.capacity_tokens == (left - 64 * rank.per_request) // rank.kv_per_token // 16 * 16
 

@@ -15,7 +15,7 @@ from spawned import LIMIT_S, on_gpus
 from threads import on_every_rank
 from trireme.core.step import Regime
 from trireme.parallel.collectives import Collectives
-from trireme.parallel.comm import exchange, form_group
+from trireme.parallel.comm import LinkLost, exchange, form_group
 from trireme.parallel.deal import Deal
 from trireme.parallel.layout import SUM, home_of, lay
 from trireme.parallel.mail import Mail, Mailbox
@@ -78,6 +78,7 @@ def test_calls_in_any_order_bring_what_a_group_brings(size: int, num_slots: int)
 
     def calls_of(place: int) -> None:
         mail, late = every[place], random.Random(place)
+        mail.greet(lambda: None)
         for call, kind in enumerate(calls):
             time.sleep(late.random() * 0.003)
             brought = [rank[call] for rank in numbers]
@@ -93,6 +94,25 @@ def test_calls_in_any_order_bring_what_a_group_brings(size: int, num_slots: int)
                 assert torch.equal(rows, sign * torch.cat(parts))
 
     on_every_rank(size, run)
+
+
+def test_a_greeting_that_nobody_answers_leaves_no_kernel_waiting():
+    heard = []
+
+    class Silent:
+        def sum(self, x: torch.Tensor) -> torch.Tensor:
+            heard.append("sum")
+            return x
+
+        def give_up(self) -> None:
+            heard.append("give up")
+
+    def wait() -> None:
+        raise LinkLost("not all ranks came within 1 s")
+
+    with pytest.raises(LinkLost):
+        Mail(Mailbox(0, 2, ROWS, HIDDEN, torch.float32, "cpu"), bell=Silent()).greet(wait)
+    assert heard == ["sum", "give up"]
 
 
 def test_what_does_not_fit_goes_another_way():

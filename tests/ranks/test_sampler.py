@@ -11,7 +11,7 @@ from cut_logits import on_cut, uncut
 from trireme.core.request import Sampling
 from trireme.core.step import Open, Step, ints
 from trireme.parallel.vocabulary import CutLogits
-from trireme.ranks.logprobs import Described, Prompts
+from trireme.ranks.logprobs import CHUNK, Described, Prompts, Stretch
 from trireme.ranks.rows import lay_out
 from trireme.ranks.sampler import Sampler
 from trireme_kernels.choose import Choices
@@ -114,10 +114,24 @@ def test_logprobs_are_of_raw_logits(sampler):
 def test_describe_many_rows_in_chunks():
     logits = torch.randn(150, VOCAB)
     chosen = torch.randint(0, VOCAB, (150,))
-    found = Described(uncut(logits), chosen, np.full(150, 1)).read()
+    found = Described(uncut(logits).select, chosen, np.full(150, 1)).read()
     truth = logits.log_softmax(-1)
     assert [one.value for one in found] == pytest.approx(truth.gather(1, chosen[:, None])[:, 0].tolist(), abs=1e-5)
     assert [one.top_ids[0] for one in found] == logits.argmax(-1).tolist()
+
+
+def test_the_head_multiplies_few_rows_of_a_prompt_at_a_time():
+    """Logits of a whole long prompt would take gigabytes for which no room was measured."""
+    normed, head, tokens, asked = torch.randn(200, 16), torch.randn(VOCAB, 16), np.arange(150) % VOCAB, []
+
+    def logits(rows: torch.Tensor) -> CutLogits:
+        asked.append(len(rows))
+        return uncut(rows @ head.T)
+
+    told = Stretch(3, 7, np.arange(50, 200), tokens, 1).describe(normed, logits)
+    truth = (normed[50:] @ head.T).log_softmax(-1)
+    assert [one.value for one in told.read()] == pytest.approx(truth[np.arange(150), tokens].tolist(), abs=1e-4)
+    assert asked == [CHUNK, CHUNK, 150 - 2 * CHUNK]
 
 
 def test_prompt_rows_are_all_but_the_last_of_the_prompt():
@@ -230,6 +244,6 @@ def test_only_rows_that_need_it_are_gathered_whole(monkeypatch):
 
 def test_prompt_logprobs_of_parts():
     logits, chosen = torch.randn(100, 251) * 3, torch.randint(0, 251, (100,))
-    whole = Described(uncut(logits), chosen, np.full(100, 2)).read()
-    for found in on_cut(logits, 4, lambda part: Described(part, chosen, np.full(100, 2)).read()):
+    whole = Described(uncut(logits).select, chosen, np.full(100, 2)).read()
+    for found in on_cut(logits, 4, lambda part: Described(part.select, chosen, np.full(100, 2)).read()):
         assert_same([([], found)], [([], whole)])

@@ -21,12 +21,15 @@ from trireme.ranks import chains, drafter, fed, graphs, runner, sampler, states
 from trireme.ranks.load import load_runner
 from trireme.ranks.runner import Runner
 from trireme_kernels import choose
+from trireme_kernels.linear import tl as linear
 from trireme_tools.settings_options import settings_of_words
 
 pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
+
+Product = tuple[int, tuple[int, ...], torch.dtype]  # rows, the weight's shape, the result's dtype
 
 OPS = [module.name for module in pkgutil.iter_modules(trireme_kernels.__path__) if module.ispkg]
 
@@ -73,6 +76,26 @@ def keys(monkeypatch) -> set[str]:
     return found
 
 
+@pytest.fixture
+def products(monkeypatch, keys) -> set[Product]:
+    """Those of torch from now on."""
+    found: set[Product] = set()
+    many = linear._many
+
+    def watched(x, weight, bias, dtype):
+        found.add((len(x), tuple(weight.shape), dtype))
+        return many(x, weight, bias, dtype)
+
+    monkeypatch.setattr(linear, "_many", watched)
+    return found
+
+
+def is_loaded(product: Product, loaded: set[Product]) -> bool:
+    """Whether one was computed whose kernel this one has as well: tiles have rows by the eight, and of many rows a few more are alike."""
+    num_rows, *form = product
+    return any(num_rows <= rows < num_rows + max(8, num_rows / 16) for rows, *other in loaded if other == form)
+
+
 # One head: a row of what states are made of is 68 bytes, so that where an item's first row begins makes a difference.
 AWKWARD = {"linear_num_key_heads": 1, "linear_num_value_heads": 1}
 
@@ -90,7 +113,7 @@ AWKWARD = {"linear_num_key_heads": 1, "linear_num_value_heads": 1}
         ("qwen3_5_moe", {}, "tp2 cp2 ep2 dispatched sp mtp2", {"max_num_batched_tokens": 128}),
     ],
 )
-def test_trials_meet_all_that_steps_ask_for(tmp_path, monkeypatch, keys, family, sizes, plan, values):
+def test_trials_meet_all_that_steps_ask_for(tmp_path, monkeypatch, keys, products, family, sizes, plan, values):
     model = tiny_checkpoint(tmp_path, family, **{"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 2, **sizes})
     chosen = {"dtype": "bfloat16", "max_num_seqs": 150, "max_num_batched_tokens": 512, "max_model_len": 256, "threads_per_rank": 1}
     settings = make_settings({"model": str(model), "device": "cpu", "num_pages": 150 * 16, **chosen, **settings_of_words(plan), **values})
@@ -107,8 +130,10 @@ def test_trials_meet_all_that_steps_ask_for(tmp_path, monkeypatch, keys, family,
         ranks[rank].begin(SoloLink())
 
     on_every_rank(size, begin, boards)
-    met = set(keys)
+    met, loaded = set(keys), set(products)
     assert met
     for step in any_steps(settings, 120, num_drafts=settings.mtp.num_tokens, vocab_size=251):
         on_every_rank(size, lambda rank: ranks[rank].run(step, None, 0.0).finish(), boards)  # noqa: B023
         assert keys <= met, f"{step.num_items} items, {step.num_rows} rows: {sorted(keys - met)}"
+        new = [product for product in products - loaded if not is_loaded(product, loaded)]
+        assert not new, f"{step.num_items} items, {step.num_rows} rows, of which {step.num_samples} are sampled: {new}"

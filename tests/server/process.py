@@ -18,7 +18,7 @@ from trireme.core.settings import make_settings
 from trireme.serve.place import run_folder
 from trireme.serve.repository import write_repository
 from trireme_tools.server_home import command, find_server, lay_out
-from trireme_tools.supervisor import free_ports
+from trireme_tools.supervisor import HeldPorts
 
 SHM = Path("/dev/shm")
 
@@ -39,7 +39,8 @@ class ServerProcess:
         self.repository = repository or folder / "repository"
         if repository is None:
             write_repository(self.settings, self.repository)
-        ports = free_ports()
+        self._held = HeldPorts.free()
+        ports = self._held.ports
         self.http, self.grpc, self.metrics = ports.http, ports.grpc, ports.metrics
         self.prefix = f"trireme_test_{os.getpid()}_{self.http}_"
         home = find_server()
@@ -174,6 +175,7 @@ class ServerProcess:
 
     def kill(self) -> None:
         """Sweep, whatever there is."""
+        self._held.close()
         if self.process is None:
             return
         family = self.family()

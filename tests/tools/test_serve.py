@@ -19,7 +19,7 @@ import pytest
 
 from layout.sources import HOME, ROOTS
 from trireme.serve.place import run_folder
-from trireme_tools.supervisor import free_ports
+from trireme_tools.supervisor import HeldPorts
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(180)]
 
@@ -66,7 +66,8 @@ class Served:
 @contextlib.contextmanager
 def serving(tmp_path: Path) -> Iterator[Served]:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    ports = free_ports()
+    with contextlib.closing(HeldPorts.free()) as held:  # the supervisor holds them itself
+        ports = held.ports
     words = [f"--http-port={ports.http}", f"--grpc-port={ports.grpc}", f"--metrics-port={ports.metrics}"]
     words += ["--load-format=dummy", "--pp=2", "--threads-per-rank=1", "--kv-cache-memory-bytes=4000000"]
     process = subprocess.Popen(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import socket
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from trireme.core.settings import Settings
 from trireme.serve.checks import ServerFlags
 from trireme_tools import server_home
 from trireme_tools.server_home import Ports, ServerHome, find_server, lay_out
-from trireme_tools.supervisor import check_ports, free_ports, thread_pool
+from trireme_tools.supervisor import HeldPorts, thread_pool
 
 
 @pytest.fixture
@@ -91,9 +93,27 @@ def test_the_command_passes_the_checks_of_its_own_models(installed, tmp_path):
 
 
 def test_free_ports_are_below_those_that_connections_get():
-    ports = free_ports()
-    check_ports(ports)
-    assert max(ports.http, ports.grpc, ports.metrics) < 32_768
+    with closing(HeldPorts.free()) as held:
+        assert max(held.ports.http, held.ports.grpc, held.ports.metrics) < 32_768
+
+
+def test_servers_that_begin_at_once_get_ports_of_their_own():
+    """None of them listens yet: a server loads for seconds before it does."""
+    with ThreadPoolExecutor(8) as pool, ExitStack() as stack:
+        found = [stack.enter_context(closing(each)).ports for each in pool.map(lambda _: HeldPorts.open(), range(8))]
+        numbers = [number for ports in found for number in (ports.http, ports.grpc, ports.metrics)]
+        assert len(set(numbers)) == len(numbers)
+        with pytest.raises(Refusal, match=f"http port {found[0].http} is taken"):
+            HeldPorts(found[0])
+    HeldPorts(found[0]).close()
+
+
+def test_a_refused_choice_holds_nothing():
+    with closing(HeldPorts.free()) as held:
+        others = [port - 1 for port in (held.ports.http, held.ports.grpc)]
+        for _ in range(2):
+            with pytest.raises(Refusal, match=f"metrics port {held.ports.metrics} is taken"):
+                HeldPorts(Ports(*others, held.ports.metrics))
 
 
 def test_a_taken_port_is_refused_by_its_name():
@@ -101,10 +121,10 @@ def test_a_taken_port_is_refused_by_its_name():
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         with pytest.raises(Refusal, match=f"http port {taken.getsockname()[1]} is taken"):
-            check_ports(Ports(taken.getsockname()[1]))
+            HeldPorts(Ports(taken.getsockname()[1]))
 
 
 @pytest.mark.parametrize("ports", [Ports(8000, 8000), Ports(99999), Ports(0)])
 def test_ports_that_cannot_be(ports):
     with pytest.raises(Refusal, match="cannot be used"):
-        check_ports(ports)
+        HeldPorts(ports)

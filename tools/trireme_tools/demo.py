@@ -15,7 +15,7 @@ from trireme_tools.fetch_demo import fetch_demo
 from trireme_tools.home import project_home
 from trireme_tools.serve import backend_directory, ready_line, settings_of
 from trireme_tools.server_home import Ports, find_server
-from trireme_tools.supervisor import Supervisor, open_ports
+from trireme_tools.supervisor import Supervisor
 
 _QUESTION = "What is the capital of France, and what is it known for?"
 
@@ -72,7 +72,6 @@ def demo() -> None:
             repository=project_home() / "model_repository",
             settings=settings_of(None, {}),
             backend_dir=backend_directory(),
-            ports=open_ports(),
             log=file,
             news=lambda reason: status.update(f"starting tritonserver: {reason}"),
         )

@@ -26,7 +26,7 @@ from trireme_tools.scrape import acceptance_length, read_page
 from trireme_tools.serve import backend_directory, served_repository
 from trireme_tools.server_home import find_server
 from trireme_tools.settings_options import settings_of_words, settings_options
-from trireme_tools.supervisor import Supervisor, open_ports
+from trireme_tools.supervisor import Supervisor
 
 
 @settings_options
@@ -135,11 +135,10 @@ def _serving(plan: str, model: Path | None, chosen: dict[str, Any], console: Con
                 repository=repository,
                 settings=settings,
                 backend_dir=backend_directory(),
-                ports=(ports := open_ports()),
                 log=file,
                 news=lambda reason: status.update(f"starting tritonserver for {plan}: {reason}"),
             )
-            stack.enter_context(supervisor)
+            ports = stack.enter_context(supervisor).ports
         yield Place(plan, f"{ports.address}:{ports.grpc}", f"http://{ports.address}:{ports.metrics}/metrics")
 
 

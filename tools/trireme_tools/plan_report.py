@@ -74,13 +74,15 @@ def _plans(device: Device, options: list[Option]) -> Table:
     )
     table.add_column("plan")
     keeps_states = any(option.forecast.state_bytes for option in options)
-    sizes = ("weights\nGiB", "activations\nGiB", *["state of a\nsequence, MiB"] * keeps_states)
+    mails = any(option.forecast.fullest.mailbox for option in options)
+    sizes = ("weights\nGiB", "activations\nGiB", *["mail\nGiB"] * mails, *["state of a\nsequence, MiB"] * keeps_states)
     for name in (*sizes, "capacity\ntokens", "\nrequests", "prefill\ns", "decode\nms", "\ntokens/s"):
         table.add_column(name, justify="right", no_wrap=True)
     for option in options:
         rank, predicted = option.forecast.fullest, option.forecast
         state = [f"{predicted.state_bytes / MIB:.1f}"] * keeps_states
-        cells = str(option.plan), f"{rank.weights / GIB:.1f}", f"{rank.activations / GIB:.1f}", *state
+        mail = [f"{rank.mailbox / GIB:.1f}"] * mails
+        cells = str(option.plan), f"{rank.weights / GIB:.1f}", f"{rank.activations / GIB:.1f}", *mail, *state
         if predicted.fits:
             times = f"{predicted.prefill_s:.2f}", f"{1e3 * predicted.decode_s:.1f}", f"{predicted.tokens_per_s:.0f}"
             table.add_row(*cells, f"{predicted.capacity_tokens}", f"{predicted.capacity_requests}", *times)
@@ -106,14 +108,14 @@ def _refused(refused: tuple[Refused, ...]) -> Table:
 def _ranks(option: Option) -> Table:
     """Neighbours that hold the same are one line."""
     table = Table(title=f"{option.sizes}: GiB of each rank")
-    for name in ("stage", "layers", "ranks", "weights", "activations", "states", "left for\nkeys and values", "tokens\nthere"):
+    for name in ("stage", "layers", "ranks", "weights", "activations", "mail", "states", "left for\nkeys and values", "tokens\nthere"):
         table.add_column(name, justify="right")
     usable, requests = option.forecast.usable_bytes, option.forecast.concurrent
     for alike, group in groupby(option.forecast.ranks, key=lambda rank: rank._replace(rank=0)):
         numbers = [rank.rank for rank in group]
         states = requests * alike.per_request
-        left = usable - alike.weights - alike.activations - states
-        sizes = (f"{size / GIB:.2f}" for size in (alike.weights, alike.activations, states, left))
+        left = usable - alike.fixed - states
+        sizes = (f"{size / GIB:.2f}" for size in (alike.weights, alike.activations, alike.mailbox, states, left))
         layers = _span(option.plan.layers(alike.stage))
         tokens = str(alike.tokens(usable, requests)) if alike.kv_per_token else "any"
         table.add_row(str(alike.stage), layers, _span(range(numbers[0], numbers[-1] + 1)), *sizes, tokens)
@@ -159,6 +161,7 @@ def _rank(rank: RankBytes) -> dict[str, int]:
         "rank": rank.rank,
         "weights_bytes": rank.weights,
         "activations_bytes": rank.activations,
+        "mailbox_bytes": rank.mailbox,
         "kv_bytes_per_token": rank.kv_per_token,
         "state_bytes": rank.state,
         "held_bytes": rank.held,

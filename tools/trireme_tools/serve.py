@@ -44,7 +44,7 @@ def serve(
             repository=models,
             settings=settings,
             backend_dir=backend_directory(),
-            ports=Ports(http_port, grpc_port, metrics_port, address),
+            wanted=Ports(http_port, grpc_port, metrics_port, address),
             say=say,
         )
         for number in (signal.SIGINT, signal.SIGTERM):

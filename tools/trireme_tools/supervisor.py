@@ -43,12 +43,13 @@ class Supervisor:
     repository: Path
     settings: Settings
     backend_dir: Path
-    ports: Ports = field(default_factory=Ports)
+    wanted: Ports | None = None  # None: the usual ones, or free ones where another server is up or starting
     log: IO | None = None  # where the server's output goes; None: this process' own
     say: Callable[[str], None] = print  # what the supervisor does
     news: Callable[[str], None] = lambda reason: None  # why the front does not answer yet, as it changes (the server logs it too)
     server: subprocess.Popen | None = field(default=None, init=False)
     _shm_prefix: str = field(default="", init=False)
+    _held: HeldPorts | None = field(default=None, init=False)
     stopping: bool = field(default=False, init=False)
 
     def __enter__(self) -> Supervisor:
@@ -63,11 +64,16 @@ class Supervisor:
     def __exit__(self, *exc_info: object) -> None:
         self.stop()
 
+    @property
+    def ports(self) -> Ports:
+        assert self._held is not None, "a server that was started has ports"
+        return self._held.ports
+
     def start(self) -> None:
         """Starts the server and returns. Refusal for what would make it hang or fail later."""
         sweep_run_folders()
         check_libraries(self.home)
-        check_ports(self.ports)
+        self._held = HeldPorts.open() if self.wanted is None else HeldPorts(self.wanted)
         lay_out(self.home, self.backend_dir)
         self._shm_prefix = f"trireme_{os.getpid()}_{time.monotonic_ns()}_"
         argv = command(
@@ -128,6 +134,7 @@ class Supervisor:
         """Ends the server and sweeps what it left: processes, shared memory, run folder. Its exit code (0 where it never ran)."""
         self.stopping = True
         if self.server is None:
+            self._give_ports_back()
             return 0
         if self.server.poll() is None:
             self.server.send_signal(signal.SIGTERM)
@@ -140,7 +147,12 @@ class Supervisor:
         for region in _SHM.glob(f"{self._shm_prefix}*"):
             region.unlink(missing_ok=True)
         shutil.rmtree(run_folder(self.server.pid), ignore_errors=True)
+        self._give_ports_back()
         return code
+
+    def _give_ports_back(self) -> None:
+        if self._held is not None:
+            self._held.close()
 
     def _family(self) -> list[psutil.Process]:
         """Every process that the server started, orphans included: stubs share its session, ranks name its run folder."""
@@ -201,39 +213,54 @@ def thread_pool(settings: Settings) -> int:
     return max(256, open_calls(settings))
 
 
-def check_ports(ports: Ports) -> None:
-    numbers = [ports.http, ports.grpc, ports.metrics]
-    for name, port in zip(("http", "grpc", "metrics"), numbers, strict=True):
-        fix = f"give another --{name}-port"
-        if not 0 < port < 1 << 16 or numbers.count(port) > 1:
+class HeldPorts:
+    """Ports that no other supervisor of this host gets until `close` or this process' end, though the server, which loads first, takes
+    them seconds later. Refusal where one is taken."""
+
+    def __init__(self, ports: Ports):
+        self.ports = ports
+        self._claims: list[socket.socket] = []
+        try:
+            for name, port in (("http", ports.http), ("grpc", ports.grpc), ("metrics", ports.metrics)):
+                self._hold(name, port)
+        except BaseException:
+            self.close()
+            raise
+
+    @classmethod
+    def open(cls) -> HeldPorts:
+        """The usual ones, or free ones."""
+        try:
+            return cls(Ports())
+        except Refusal:
+            return cls.free()
+
+    @classmethod
+    def free(cls) -> HeldPorts:
+        """Any that nobody has. They lie below those that Linux gives to connections and to whoever asks for any port, one of whom might
+        else have them when the server takes them."""
+        while True:
+            http, grpc, metrics = random.SystemRandom().sample(range(10_240, 32_768), 3)
+            with contextlib.suppress(Refusal):
+                return cls(Ports(http, grpc, metrics))
+
+    def close(self) -> None:
+        for claim in self._claims:
+            claim.close()
+
+    def _hold(self, name: str, port: int) -> None:
+        fix, address = f"give another --{name}-port", self.ports.address
+        if not 0 < port < 1 << 16 or [self.ports.http, self.ports.grpc, self.ports.metrics].count(port) > 1:
             raise Refusal(f"{name} port {port} cannot be used", why="the server needs three ports from 1 to 65535", fix=fix)
+        claim = socket.socket(socket.AF_UNIX)  # a name without a file, which ends with its socket, and which the server does not look at
+        self._claims.append(claim)
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                probe.bind((ports.address, port))
+                claim.bind(f"\0trireme port {address}:{port}")
+                probe.bind((address, port))
             except OSError as error:
                 raise Refusal(f"{name} port {port} is taken", why=error.strerror or str(error), fix=fix) from None
-
-
-def open_ports() -> Ports:
-    """The usual ports, or free ones where another server is up."""
-    usual = Ports()
-    try:
-        check_ports(usual)
-        return usual
-    except Refusal:
-        return free_ports()
-
-
-def free_ports() -> Ports:
-    """Any that nobody has. They lie below those that Linux gives to connections and to whoever asks for any port, one of whom might
-    else have them when the server takes them, seconds later."""
-    while True:
-        http, grpc, metrics = random.SystemRandom().sample(range(10_240, 32_768), 3)
-        ports = Ports(http, grpc, metrics)
-        with contextlib.suppress(Refusal):
-            check_ports(ports)
-            return ports
 
 
 def _die_with_parent() -> None:

@@ -38,7 +38,9 @@ class Attention(Block):
         num_heads, num_kv_heads = build.share(spec.num_heads), build.share(spec.num_kv_heads)
         self.norm = norm_weight(build, spec.hidden)
         heads = by_heads("tp", spec.num_heads, spec.num_kv_heads, dim, gated=gated)
-        self.qkv = Linear(build, sum(part.whole for part in heads.parts), spec.hidden, heads, bias=qkv_bias)
+        num_queries = num_heads * (1 + gated) * dim
+        parts = (slice(num_queries, None), slice(0, num_queries))
+        self.qkv = Linear(build, sum(part.whole for part in heads.parts), spec.hidden, heads, bias=qkv_bias, parts=parts)
         self.out = Linear(build, spec.hidden, spec.num_heads * dim, by_rows("tp", spec.num_heads, dim), bias=o_bias)
         self.q_norm = norm_weight(build, dim) if qk_norm else None
         self.k_norm = norm_weight(build, dim) if qk_norm else None
@@ -69,8 +71,7 @@ class Attention(Block):
         pools, shared = batch.caches[self.cache], batch.shared
         if shared is None:
             return self._place(self.qkv.joined(x), [*self._q_heads, *self._kv_heads], batch.positions, batch.pages, pools)
-        num_columns = sum(self._q_heads) * self._dim
-        products = self.qkv.parts(x.whole(), (slice(num_columns, None), slice(0, num_columns)))
+        products = self.qkv.parts(x.whole())
         mine = next(products)  # keys and values as they come: each rank turns and writes those of all
         with self.context.aside() as written:
             every = self.context.all_gather(mine, shared)

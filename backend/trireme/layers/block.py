@@ -52,11 +52,15 @@ class Build:
         plan = self.plan
         if self.device.type != "cuda" or plan.ranks == 1:
             return Collectives(Mesh(plan), self.rank, self.device)
-        hidden, mailbox = self.spec.hidden, None
-        if plan.sp and plan.strip_rows:
-            place, num_slots = self.rank % plan.tp, 2 if plan.most_rows > plan.strip_rows else 1
-            mailbox = Mailbox(place, plan.tp, plan.strip_rows, hidden, self.dtype, self.device, num_slots=num_slots)
-        return Collectives(Mesh(plan), self.rank, self.device, self.choices("peer_sum", hidden=hidden), mailbox)
+        return Collectives(Mesh(plan), self.rank, self.device, self.choices("peer_sum", hidden=self.spec.hidden), self.mailbox)
+
+    @cached_property
+    def mailbox(self) -> Mailbox | None:
+        """Of a GPU, where steps have rows for mail."""
+        plan, num_slots = self.plan, self.plan.mail_strips
+        if not num_slots:
+            return None
+        return Mailbox(self.rank % plan.tp, plan.tp, plan.strip_rows, self.spec.hidden, self.dtype, self.device, num_slots=num_slots)
 
     @cached_property
     def cos_sin(self) -> torch.Tensor:

@@ -23,7 +23,17 @@ class Linear(nn.Module):
     for one row, 0.5 for eight and 0.7 for 64 (a [3072, 576] weight on one core, 717 -> 416, 988 -> 540, 3626 -> 2400 us).
     """
 
-    def __init__(self, build: Build, num_out: int, num_in: int, cut: Cut | None = None, *, bias: bool = False, tied: Param | None = None):
+    def __init__(
+        self,
+        build: Build,
+        num_out: int,
+        num_in: int,
+        cut: Cut | None = None,
+        *,
+        bias: bool = False,
+        tied: Param | None = None,
+        parts: Sequence[slice] = (),  # see `parts`
+    ):
         super().__init__()
         cuts = () if cut is None else (cut,)
         self.weight = Param(build, (num_out, num_in), *cuts) if tied is None else tied
@@ -31,6 +41,9 @@ class Linear(nn.Module):
         self._multiply = build.choices("linear", num_in=self.weight.shape[1], num_out=self.weight.shape[0])
         # where ranks give shares of a sum, one of them adds the bias
         self._adds_bias = cut is None or cut.dim == 0 or cut.axis is None or build.place(cut.axis)[0] == 0
+        self._parts, self._dtype, self._device = parts, build.dtype, build.device
+        # what decides, beside the number of rows, by which kernels it multiplies
+        self.form = (tuple(self.weight.shape), bias and self._adds_bias, *((part.start, part.stop) for part in parts))
         self._packed: torch.Tensor | None = None
 
     def prepare(self) -> None:
@@ -53,15 +66,22 @@ class Linear(nn.Module):
                 torch.addmm(self.bias, rows, columns, out=out)
         return whole
 
-    def parts(self, x: torch.Tensor, columns: Sequence[slice]) -> Iterator[torch.Tensor]:
+    def parts(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
         """Columns of x [T, in] -> [T, out], each part by a product of its own once it is asked for; of a packed weight by one for all."""
         if self._packed is not None:
             whole = self(x)
-            yield from (whole[:, part] for part in columns)
+            yield from (whole[:, part] for part in self._parts)
             return
         bias = self.bias if self._adds_bias else None
-        for part in columns:
+        for part in self._parts:
             yield self._multiply(x, self.weight[part], None if bias is None else bias[part], None)
+
+    def multiply_any(self, num_rows: int, dtype: torch.dtype | None = None) -> None:
+        """Each of its products, of rows that mean nothing."""
+        rows = torch.zeros(num_rows, self.form[0][1], dtype=self._dtype, device=self._device)
+        self(rows, dtype)
+        for _ in self.parts(rows):
+            pass
 
     def forward(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Of x's dtype, or another."""

@@ -190,6 +190,12 @@ def layer_state_bytes(spec: Spec, shares: Shares, item_bytes: int) -> int:
     return (delta.kernel - 1) * delta.channels * item_bytes + 4 * matrices
 
 
+def mailbox_bytes(spec: Spec, plan: Plan, item_bytes: int) -> int:
+    """Bytes of a GPU's memory for mail, as parallel/mail.py lays it out: of each strip the gathered rows, and the others' shares of a
+    sum of them."""
+    return plan.mail_strips * (2 * plan.tp - 1) * ceil(plan.strip_rows / plan.tp) * spec.hidden * item_bytes
+
+
 def activation_bytes(spec: Spec, plan: Plan, rows: int, samples: int, item_bytes: int) -> int:
     """An estimate of what a step of `rows` rows, `samples` of them sampled, needs on a rank beside weights and pages: the table
     of rotary positions, the residual, and the widest of

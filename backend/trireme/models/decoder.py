@@ -117,8 +117,9 @@ class Decoder(nn.Module):
         self.embed = Embed(build) if build.first else None
         blocks = [block for layer in plan.layers(build.stage) for block in layer_blocks(build, layer)]
         self.mtp: MtpHead | None = None
+        self.head: Head | None = None
         if build.last:
-            head = Head(build, tied=self.embed.weight if self.embed is not None and spec.tie_word_embeddings else None)
+            self.head = head = Head(build, tied=self.embed.weight if self.embed is not None and spec.tie_word_embeddings else None)
             blocks.append(head)
             self.mtp = MtpHead(build, head, self.embed) if plan.mtp else None
         self.blocks = nn.ModuleList(blocks)
@@ -217,6 +218,18 @@ class Decoder(nn.Module):
                 if id(param) not in seen:
                     seen.add(id(param))
                     yield f"{part.name}.{name}", param
+
+    def multiply_any(self, num_rows: int) -> None:
+        """Each product of a step's rows once, of rows that mean nothing; layers have the same ones."""
+        head = None if self.head is None else self.head.proj
+        products = {linear.form: linear for linear in self.modules() if isinstance(linear, Linear) and linear is not head}
+        for linear in products.values():
+            linear.multiply_any(num_rows)
+
+    def sample_any(self, num_rows: int) -> None:
+        """The same of rows that are sampled."""
+        if self.head is not None:
+            self.head.proj.multiply_any(num_rows, torch.float32)
 
     def prepare(self) -> None:
         """Once every parameter is filled: weights take the form in which they are multiplied."""

@@ -16,6 +16,7 @@ from trireme.models.cost import (
     kinds,
     kv_bytes_per_token,
     layer_params,
+    mailbox_bytes,
     mtp_params,
     rank_param_bytes,
     state_bytes,
@@ -47,9 +48,15 @@ class RankBytes(NamedTuple):
     rank: int
     weights: int
     activations: int
+    mailbox: int  # rows that others put here, where the residual is cut
     kv_per_token: int  # 0 in a stage without attention
     state: int  # of a sequence, whatever its length
     held: int  # of a sequence that has drafts
+
+    @property
+    def fixed(self) -> int:
+        """However many requests there are."""
+        return self.weights + self.activations + self.mailbox
 
     @property
     def per_request(self) -> int:
@@ -59,11 +66,11 @@ class RankBytes(NamedTuple):
     def requests(self, usable_bytes: int, context: int) -> int:
         """Requests of so many tokens that fit beside the rest."""
         pages = ceil(context / PAGE) * PAGE * self.kv_per_token
-        return max(0, usable_bytes - self.weights - self.activations) // (pages + self.per_request)
+        return max(0, usable_bytes - self.fixed) // (pages + self.per_request)
 
     def tokens(self, usable_bytes: int, requests: int) -> int:
         """Tokens whose keys and values fit beside the rest and the states of so many requests, in whole pages."""
-        left = usable_bytes - self.weights - self.activations - requests * self.per_request
+        left = usable_bytes - self.fixed - requests * self.per_request
         return max(0, left) // (self.kv_per_token * PAGE) * PAGE
 
 
@@ -107,7 +114,7 @@ class Forecast:
         """The rank that limits how many requests there are; the first of several."""
 
         def room(rank: RankBytes) -> tuple[float, int]:
-            left = self.usable_bytes - rank.weights - rank.activations
+            left = self.usable_bytes - rank.fixed
             return left / (self.demand.context * rank.kv_per_token + rank.per_request), left
 
         return min(self.ranks, key=room)
@@ -117,7 +124,7 @@ class Forecast:
         """What the fullest rank lacks to hold one request."""
         rank = self.fullest
         request = rank.kv_per_token * self.demand.context + rank.per_request
-        return max(0, rank.weights + rank.activations + request - self.usable_bytes)
+        return max(0, rank.fixed + request - self.usable_bytes)
 
 
 def forecast(spec: Spec, plan: Plan, settings: Settings, device: Device, demand: Demand, item_bytes: int) -> Forecast:
@@ -132,6 +139,7 @@ def forecast(spec: Spec, plan: Plan, settings: Settings, device: Device, demand:
             rank,
             weights=rank_param_bytes(spec, plan, stage, rank, item_bytes),
             activations=work,
+            mailbox=mailbox_bytes(spec, plan, item_bytes) if device.mails else 0,
             kv_per_token=kv_bytes_per_token(spec, plan, stage, item_bytes),
             state=state_bytes(spec, plan, stage, item_bytes),
             held=held_bytes(spec, plan, stage, item_bytes),

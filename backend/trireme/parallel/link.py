@@ -21,7 +21,7 @@ from trireme.core.devices import steps_in_flight
 from trireme.core.log import logger
 from trireme.core.settings import Settings
 from trireme.parallel.collectives import Collectives
-from trireme.parallel.comm import Group, LinkLost, Pair, exchange, form_group, make_unless, meet, reach_store
+from trireme.parallel.comm import Group, LinkLost, Pair, exchange, form_group, make_unless, meet, reach_store, wait_for_device
 from trireme.parallel.mail import Mail
 from trireme.parallel.mesh import Span
 from trireme.parallel.peer import Peers, find_most, meet_peers
@@ -98,8 +98,8 @@ def form_link(
         log.info("sums of %s: %s", name, find_most(peers, group, device, tell, limit_s, given_up))
         return peers if peers.most else None
 
-    def join_mail(span: Span, name: str) -> Mail | None:
-        op, mailbox = collectives.peer_sum, collectives.mailbox
+    def join_mail(span: Span, name: str, group: Group, given_up: Callable[[], bool]) -> Mail | None:
+        op, mailbox, device = collectives.peer_sum, collectives.mailbox, collectives.device
         if op is None or mailbox is None or span != collectives.mesh.spans["tp"]:
             return None
 
@@ -109,7 +109,15 @@ def form_link(
         mail = mailbox.meet(op, collectives.words, tell)
         told = f"not by mail: {mail}" if isinstance(mail, str) else "by mail"
         logger(f"stage_{stage} rank {rank}").info("rows of large steps along %s: %s", name, told)
-        return None if isinstance(mail, str) else mail
+        if isinstance(mail, str):
+            return None
+        try:
+            with torch.cuda.device(device):  # a thread has a device of its own
+                mail.greet(lambda: wait_for_device(device, limit_s, given_up))
+        except LinkLost:
+            group.close()
+            raise
+        return mail
 
     def form(given_up: Callable[[], bool]) -> tuple[dict[Span, Group], dict[Span, Peers], Mail | None, Link]:
         """Every rank forms its groups in this order, and then its pairs, so none waits in a circle."""
@@ -126,7 +134,7 @@ def form_link(
             groups[span] = form_group(meeting, epoch, name, span.place(rank), span.size, limit_s, device, given_up)
             if (joined := join_peers(span, name, groups[span], given_up)) is not None:
                 peers[span] = joined
-            mail = mail or join_mail(span, name)
+            mail = mail or join_mail(span, name, groups[span], given_up)
         if num_stages == 1:
             return groups, peers, mail, SoloLink()
         if settings.link == "tensor":

@@ -7,12 +7,13 @@ exchange at all.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 import torch
 
+from trireme.parallel.comm import LinkLost
 from trireme.parallel.mapping import Exchange, map_others
 from trireme.parallel.peer import PeerSum, meet_peers
 
@@ -86,6 +87,16 @@ class Mail:
         self._bell, self._nothing = bell, mailbox.memory.new_zeros(_BELL)
         self._sums = self._gathers = 0  # calls
         self._summed = False  # whether the last call was a sum
+
+    def greet(self, wait: Callable[[], None]) -> None:
+        """Meet the others, as every one of them does, before the first step, which would else wait until the bell's kernel is compiled.
+        `wait`: until the device has come so far; LinkLost where it does not, and it waits no longer then."""
+        try:
+            self._meet()
+            wait()
+        except LinkLost:
+            self.give_up()
+            raise
 
     def takes(self, x: torch.Tensor, counts: Sequence[int]) -> bool:
         """Whether rows of these counts go by mail: the same on all ranks. Not in a graph, where slots would not be taken in turns."""

@@ -98,6 +98,13 @@ class Plan:
         first = -(-num_rows // (2 * self.tp)) * self.tp
         return first, num_rows - first
 
+    @property
+    def mail_strips(self) -> int:
+        """Strips of a step for which a GPU has memory for mail (see mail.py); 0: it has none."""
+        if not self.sp or not self.strip_rows:
+            return 0
+        return 2 if self.most_rows > self.strip_rows else 1
+
     def layers(self, stage: int) -> range:
         """Numbers of a stage's layers, in the whole model."""
         start = sum(self.layer_cut[:stage])

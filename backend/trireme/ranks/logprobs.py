@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,17 +14,17 @@ from trireme.parallel.vocabulary import CutLogits
 from trireme.ranks.rows import Rows
 from trireme.ranks.staging import download, upload
 
-_CHUNK = 64  # rows at once: bounds what is computed on the way to chunk * vocabulary * 4 bytes
+CHUNK = 64  # rows at once: bounds logits, and what is computed of them, to chunk * vocabulary * 4 bytes each
 
 
 class Described:
     """What was computed of n tokens, on its way to the host. All ranks make it, or none."""
 
-    def __init__(self, logits: CutLogits, tokens: torch.Tensor, num_top: np.ndarray):
-        """`logits`: of n rows; `tokens`: int64 [n]; `num_top`: int [n], alternatives to list in each row."""
+    def __init__(self, logits: Callable[[slice], CutLogits], tokens: torch.Tensor, num_top: np.ndarray):
+        """`logits`: of some of n rows; `tokens`: int64 [n]; `num_top`: int [n], alternatives to list in each row."""
         self._num_top = num_top.tolist()
-        chunks = [slice(start, start + _CHUNK) for start in range(0, len(tokens), _CHUNK)]
-        self._columns = [_describe(logits.select(rows), tokens[rows], int(num_top[rows].max())) for rows in chunks]
+        chunks = [slice(start, start + CHUNK) for start in range(0, len(tokens), CHUNK)]
+        self._columns = [_describe(logits(rows), tokens[rows], int(num_top[rows].max())) for rows in chunks]
 
     def read(self) -> list[Logprobs]:
         """One for each token, once the device has come so far."""
@@ -51,9 +52,10 @@ class Stretch:
     tokens: np.ndarray  # int64 [r]: the prompt's own next tokens
     num_top: int
 
-    def describe(self, logits: CutLogits) -> Described:  # of r rows
-        [tokens] = upload([self.tokens], logits.local.device)
-        return Described(logits, tokens, np.full(len(tokens), self.num_top))
+    def describe(self, normed: torch.Tensor, head: Callable[[torch.Tensor], CutLogits]) -> Described:
+        """`normed` [T, H]: what the head reads of the step's rows. It multiplies few at a time: nobody set memory aside for more."""
+        rows, tokens = upload([self.rows, self.tokens], normed.device)
+        return Described(lambda some: head(normed[rows[some]]), tokens, np.full(len(tokens), self.num_top))
 
     def tell(self, described: Described) -> PromptLogprobs:
         return PromptLogprobs(self.slot, self.start, described.read())

@@ -29,7 +29,7 @@ from trireme.ranks.chains import Chains
 from trireme.ranks.drafter import Drafter
 from trireme.ranks.fed import FedTokens
 from trireme.ranks.graphs import Graph, Graphs, Record, Recorder, shapes, why_none
-from trireme.ranks.logprobs import Prompts, Stretch
+from trireme.ranks.logprobs import CHUNK, Prompts, Stretch
 from trireme.ranks.memory import Sizes, check_states, find_room, num_pages, num_snapshots, stock
 from trireme.ranks.mixtures import Mixtures
 from trireme.ranks.regimes import find_sp_from, largest_steps
@@ -39,7 +39,7 @@ from trireme.ranks.sampler import Sampled, Sampler
 from trireme.ranks.staging import download, upload
 from trireme.ranks.states import States
 from trireme.ranks.stopwatch import Stopwatch
-from trireme.ranks.trials import DRAWN, GREEDY, SAMPLINGS, Trial, arrivals, trials
+from trireme.ranks.trials import DRAWN, GREEDY, SAMPLINGS, Trial, arrivals, tiles, trials
 from trireme_kernels.choose import Choices
 
 
@@ -187,18 +187,16 @@ class Runner:
         if graph is not None:
             computed = graph.run(rows, self._table_of(rows.slots, rows.ends), received)
         else:
-            head_rows = np.concatenate([rows.sampled, *(stretch.rows for stretch in stretches)])
-            batch = self._batch(rows, deal, head_rows, self._plan_attention(rows, deal), routed=[] if step.routed or records else None)
+            batch = self._batch(rows, deal, self._plan_attention(rows, deal), routed=[] if step.routed or records else None)
             computed = self._decoder.forward(batch, deal, received)
             if batch.routed is not None:
                 routed = tell_routed(self._decoder, deal, asked_rows(step, rows), batch.routed)
                 recorded = tell_routed(self._decoder, deal, np.arange(step.num_rows if records else 0), batch.routed)
         carries, read, report = None, Outcome, None
         if self._is_last:
-            logits = CutLogits(computed.rows, self._vocab_size, self._along_vocabulary)
-            sampled = self._sample(step, rows, logits) if len(rows.sampled) else None
+            sampled = self._sample(step, rows, self._cut(computed.rows)) if len(rows.sampled) else None
             drafts = self._draft(step, rows, deal, batch, computed, sampled, graph)
-            read = self._describe(sampled, drafts, stretches, logits)
+            read = self._describe(sampled, drafts, stretches, computed.normed)
         else:
             carries = self._joined.send(computed.rows)
         self._states.save(step.saves)
@@ -264,7 +262,6 @@ class Runner:
         self,
         rows: Rows,
         deal: Deal,
-        head_rows: np.ndarray,
         attention: Mapping[int, Attend],
         routed: list[torch.Tensor] | None = None,
     ) -> Batch:
@@ -278,7 +275,7 @@ class Runner:
                 rows.positions[mine],
                 rows.pages[mine],
                 rows.owners[mine],
-                head_rows,
+                rows.sampled,
                 rows.positions[every],
                 rows.pages[every],
                 rows.slots.astype(np.int64),
@@ -307,10 +304,17 @@ class Runner:
         """Page tables of items, int32 [I, P], as wide as the longest needs."""
         return self._page_table[slots, : -(-int(ends.max(initial=0)) // PAGE)]
 
+    def _cut(self, logits: torch.Tensor) -> CutLogits:
+        return CutLogits(logits, self._vocab_size, self._along_vocabulary)
+
+    def _logits(self, normed: torch.Tensor) -> CutLogits:
+        """Of rows as the head reads them."""
+        assert self._decoder.head is not None, "of the last stage"
+        return self._cut(self._decoder.head.logits(normed))
+
     def _sample(self, step: Step, rows: Rows, logits: CutLogits) -> Sampled:
-        """Tokens of the rows that are sampled, which are the first of logits; sent back before anything else is computed of them."""
-        samples = logits.select(slice(0, len(rows.sampled)))
-        sampled = self._sampler.sample(samples, rows.owners[rows.sampled], rows.positions[rows.sampled] + 1, self._bans(step, rows))
+        """Tokens of the rows that are sampled; sent back before anything else is computed of them."""
+        sampled = self._sampler.sample(logits, rows.owners[rows.sampled], rows.positions[rows.sampled] + 1, self._bans(step, rows))
         if step.returns:
             self._joined.send_tokens(sampled.tokens.to(torch.int32))
         return sampled
@@ -338,21 +342,20 @@ class Runner:
             drafts = self._chains.draft(graph, rows, sampled.tokens, step.drafts)
             if drafts is not None:
                 return drafts
-        batch = batch or self._batch(rows, deal, rows.sampled, self._plan_attention(rows, deal) if step.drafts else {})
+        batch = batch or self._batch(rows, deal, self._plan_attention(rows, deal) if step.drafts else {})
         return self._drafter.draft(step, rows, deal, batch, computed.normed, None if sampled is None else sampled.tokens)
 
     def _describe(
-        self, sampled: Sampled | None, drafts: torch.Tensor | None, stretches: list[Stretch], logits: CutLogits
+        self, sampled: Sampled | None, drafts: torch.Tensor | None, stretches: list[Stretch], normed: torch.Tensor | None
     ) -> Callable[..., Outcome]:
         """Compute what was asked of logprobs. What is returned makes the outcome, once the device has come so far."""
         tokens = described = None
         if sampled is not None:
             tokens, described = download(sampled.tokens.to(torch.int32)), sampled.describe()
-        drafts = None if drafts is None else download(drafts)
-        told, at = [], 0 if tokens is None else len(tokens)
-        for stretch in stretches:
-            told.append(stretch.describe(logits.select(slice(at, at + len(stretch.rows)))))
-            at += len(stretch.rows)
+        drafts, told = None if drafts is None else download(drafts), []
+        if stretches:
+            assert normed is not None, "of the last stage"
+            told = [stretch.describe(normed, self._logits) for stretch in stretches]
 
         def read(*where: int, clock: Clock) -> Outcome:
             logprobs: list[Logprobs | None] = []
@@ -415,6 +418,10 @@ class Runner:
             for mixture in self._decoder.mixtures:
                 for num_rows in arrivals(most_rows, mixture.placement.slots_per_rank, self._decoder.build.spec.num_experts_per_tok):
                     mixture.compute_any(num_rows)
+            for num_rows in tiles(most_rows):
+                self._decoder.multiply_any(num_rows)
+            for num_rows in tiles(max(most_items + most_drafting * num_drafts, CHUNK)):
+                self._decoder.sample_any(num_rows)
         progress("is measuring its memory")
         self.room = find_room(
             settings,
@@ -501,13 +508,13 @@ class Runner:
         rows = lay_out(step, self._page_table)
         deal = Deal(self._decoder.build.plan, self._decoder.build.rank, rows.counts, regime, self._device)
         edge = torch.zeros(self._decoder.num_edge_rows(deal), self.hidden, dtype=self.dtype, device=self._device)
-        batch = self._batch(rows, deal, rows.sampled, self._plan_attention(rows, deal))
+        batch = self._batch(rows, deal, self._plan_attention(rows, deal))
         computed = self._decoder.forward(batch, deal, None if self._is_first else edge)
         if self._is_last:
             sampled = None
             for sampling in samplings:
                 self._sampler.open(Open(0, sampling, 1, zeros))
-                sampled = self._sample(step, rows, CutLogits(computed.rows, self._vocab_size, self._along_vocabulary))
+                sampled = self._sample(step, rows, self._cut(computed.rows))
                 sampled.describe()
             self._draft(step, rows, deal, batch, computed, sampled)
             self._sampler.clear()

@@ -84,7 +84,7 @@ class Sampled:
         if self.raw is None:
             return None
         [asked] = upload([self.asked], self.tokens.device)
-        return Described(self.raw, self.tokens[asked], self.num_top)
+        return Described(self.raw.select, self.tokens[asked], self.num_top)
 
 
 class Sampler:

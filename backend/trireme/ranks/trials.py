@@ -1,6 +1,7 @@
 """Trials: steps that mean nothing, of every kind for which a kernel in the Triton language is compiled anew, and every way to sample. A
 rank that has passed them has compiled all that a request can ask of it. Which sizes make a difference the kernels decide: number of
-rows, of items, of sampled rows, each up to the next power of two, and where in memory an item's first row begins."""
+rows, of items, of sampled rows, each up to the next power of two, and where in memory an item's first row begins. And numbers of rows
+for products by cuBLAS, whose kernels are compiled but not loaded."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ _LONG = 17  # rows that layers with states take chunk by chunk, and the fewest: 
 _PLACES = 8  # after so many rows one begins where another did, seen in pieces of 16 bytes
 _COME = 512  # more rows of a slot than any kernel tells apart
 _SAMPLED = 64  # more sampled rows of one item than any kernel tells apart
+_TILE, _PARTS = 8, 32  # rows of the least tile; parts of the next power of two by which more rows differ
 
 GREEDY, DRAWN = Sampling(max_tokens=1, temperature=0.0), Sampling(max_tokens=1)
 SAMPLINGS = (
@@ -60,6 +62,16 @@ def trials(
 def arrivals(most_rows: int, num_slots: int, top_k: int) -> Iterator[int]:
     """Rows that may be dispatched to a rank that has so many slots."""
     return _doubled(1, min(most_rows * top_k, _COME * max(8, num_slots)))
+
+
+def tiles(most_rows: int) -> Iterator[int]:
+    """Numbers of rows for all of which cuBLAS may have tiles of their own: in eights up to 256, then in sixteenths of a power of two.
+    A kernel of it is loaded when it is first launched, and who launches one that is not waits until the device has nothing to do."""
+    num_rows = _TILE
+    while num_rows < most_rows:
+        yield num_rows
+        num_rows += max(_TILE, (1 << num_rows.bit_length()) // _PARTS)
+    yield most_rows
 
 
 def _mixed(place: int, most_items: int, most_rows: int) -> Iterator[np.ndarray]:
