@@ -128,10 +128,10 @@ class Chained:
         positions = np.concatenate([np.arange(start, start + count) for start, count in zip(starts, counts, strict=True)])
         owners = np.repeat(np.arange(len(new)), counts)
         pages = tables[owners, positions // PAGE].astype(np.int64) * PAGE + positions % PAGE
-        head_rows = torch.arange(len(positions)) if all_rows else torch.from_numpy(np.cumsum(counts) - 1)
+        head_rows = np.arange(len(positions)) if all_rows else np.cumsum(counts, dtype=np.int64) - 1
 
         def run(rank: int, stage: int, came: torch.Tensor | None) -> torch.Tensor:
-            decoder, deal = self.decoders[stage][rank], Deal(self.plan, rank, counts, regime)
+            decoder, deal = self.decoders[stage][rank], Deal(self.plan, rank, counts, regime, head_rows=head_rows)
             chunks = deal.chunks
             mine = rows_of(chunks, counts)
             context = [deal.own(other) for other in range(rank % self.plan.tp, self.plan.ranks, self.plan.tp)]
@@ -144,7 +144,6 @@ class Chained:
                 attention=decoder.plan_attention(chunks.counts, starts[chunks.items] + chunks.begins + chunks.counts, tables[chunks.items]),
                 shared=shared if regime.cp else None,
                 caches=self._caches[stage][rank],
-                head_rows=head_rows,
                 items=Items(
                     slots=torch.tensor(list(new)),
                     fresh=torch.from_numpy(starts == 0),

@@ -190,6 +190,6 @@ def test_bfloat16_runs(sliding: Path):
 
 
 def test_a_step_that_asks_nothing_gets_no_logits(sliding: Path):
-    nothing = Batch(torch.zeros(3), torch.zeros(3), torch.zeros(3), None, None, (), head_rows=torch.zeros(0, dtype=torch.int64))
-    [logits] = stage(sliding, 1).blocks[-1](Strips.of(torch.zeros(3, 48)), nothing)
+    batch = Batch(torch.zeros(3), torch.zeros(3), torch.zeros(3), {}, None, ())
+    [logits] = stage(sliding, 1).blocks[-1](Strips.of(torch.zeros(3, 48)).with_onward(slice(0, 0)), batch)
     assert logits.shape == (0, 251) and logits.dtype == torch.float32

@@ -64,7 +64,7 @@ class Attention(Block):
         rows = batch.attention[self.window](q, *batch.caches[self.cache])
         for gate in gates:
             rows = self.sigmoid_mul(rows, gate)
-        return map(self.out, rows.flatten(1).split(x.sizes))
+        return map(self.out, x.onward(rows.flatten(1)))
 
     def write(self, x: Strips, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Keep the rows' keys and values; (queries, their gates where there are any), [N, Hq, D] each."""

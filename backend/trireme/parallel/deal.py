@@ -47,11 +47,13 @@ class Deal:
         regime: Regime = Regime(),
         device: torch.device | str = "cpu",
         *,
+        head_rows: np.ndarray | None = None,  # int64 [R]: those whose logits are asked for, in any order; None: all, in theirs
         in_strips: bool = True,
     ):
         self.regime = regime
         self.num_rows = int(counts.sum())
         self._plan, self._rank, self._counts, self._device, self._in_strips = plan, rank, counts, device, in_strips
+        self._head_rows = head_rows
         self._rows: dict[tuple[Cut, int], np.ndarray] = {}
         self._paths: dict[Move, Path] = {}
 
@@ -63,6 +65,13 @@ class Deal:
             return (self,)
         runs = [np.array([size], np.int32) for size in sizes]
         return tuple(Deal(self._plan, self._rank, run, self.regime, self._device, in_strips=False) for run in runs)
+
+    @cached_property
+    def heads(self) -> Heads | None:
+        """The rows whose logits are asked for; None where they are these rows as they stand."""
+        every = np.arange(self.num_rows)
+        rows = every if self._head_rows is None else self._head_rows
+        return None if len(self.strips) == 1 and np.array_equal(rows, every) else Heads(self, rows)
 
     def sizes(self, cut: Cut) -> list[int]:
         """This rank's rows of each strip under a cut."""
@@ -142,3 +151,24 @@ class Deal:
         if torch.device(self._device).type == "cuda":
             there = there.pin_memory()  # from other memory a copy waits for the stream
         return there.to(self._device, non_blocking=True)
+
+
+class Heads(Deal):
+    """Those of a step's rows whose logits are asked for, numbered in that order, in one strip. A rank has those that it had before, so
+    that none need be sent to it."""
+
+    def __init__(self, whole: Deal, rows: np.ndarray):
+        super().__init__(whole._plan, whole._rank, np.array([len(rows)], np.int32), whole.regime, whole._device, in_strips=False)
+        self._whole, self._among = whole, rows
+        self._places: dict[Cut, torch.Tensor | slice] = {}
+
+    def places(self, cut: Cut) -> torch.Tensor | slice:
+        """Where this rank's rows under a cut stand among all that it had."""
+        if cut not in self._places:
+            self._places[cut] = self._whole._pick(self._whole.rows(cut), self._among[self.rows(cut)])
+        return self._places[cut]
+
+    def _cut(self, cut: Cut, rank: int) -> np.ndarray:
+        had = np.zeros(self._whole.num_rows, bool)
+        had[self._whole.rows(cut, rank)] = True
+        return np.flatnonzero(had[self._among])
