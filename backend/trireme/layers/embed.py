@@ -54,7 +54,7 @@ class Head(Block):
         self._num_logits = self.proj.weight.shape[0]
 
     def forward(self, x: Strips, batch: Batch) -> Sequence[torch.Tensor]:
-        return [self.logits(rows[: batch.num_sampled]) for rows in x.onward(x.whole())]
+        return [self.logits(x.going(x.whole())[: batch.num_sampled])]
 
     def logits(self, rows: torch.Tensor) -> torch.Tensor:
         """Of normed rows [R, H]."""

@@ -163,8 +163,7 @@ class Decoder(nn.Module):
     @torch.inference_mode()
     def forward(self, batch: Batch, deal: Deal, rows: torch.Tensor | None = None) -> Computed:
         """The first stage reads batch.tokens, others take the residual `rows`, laid out as `edge` of the step's regime says. The
-        last stage gives logits of the deal's heads that are sampled, others the residual after the add, again laid out as `edge`; the receiver norms
-        it."""
+        last stage gives logits of sampled rows, others the residual after the add, again laid out as `edge`; the receiver norms it."""
         walk = self._walks[deal.regime]
         narrows = self._narrows(walk, batch)
         residual = self._enter(walk, batch, deal, rows)
@@ -182,11 +181,9 @@ class Decoder(nn.Module):
             return Computed(walk.end(x, residual, deal))
         [logits] = x if deal.num_rows else [self.head.logits(residual[0])]
         rows = normed.whole()
-        if (
-            self.mtp is not None
-        ):  # it reads rows after an exchange of its own, by which others may write where these were gathered (see Mail)
-            rows = rows.clone()
-        unread = None if batch.num_sampled is None else normed.onward(rows)[0][batch.num_sampled :]
+        if self.mtp is not None:
+            rows = rows.clone()  # it reads them after an exchange of its own, by which others may write where they were gathered (see Mail)
+        unread = None if batch.num_sampled is None else normed.going(rows)[batch.num_sampled :]
         return Computed(logits, None if self.mtp is None else rows, unread)
 
     def _narrows(self, walk: Walk, batch: Batch) -> Block | None:

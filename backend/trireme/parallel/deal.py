@@ -13,7 +13,7 @@ from trireme.core.step import Regime
 from trireme.parallel.layout import Cut, Move
 from trireme.parallel.mesh import Span
 from trireme.parallel.plan import Plan
-from trireme.parallel.zigzag import Chunks, rows_of, whole, zigzag
+from trireme.parallel.zigzag import Chunks, chunks_of, rows_of, whole, zigzag
 
 
 class Path(NamedTuple):
@@ -137,8 +137,8 @@ class Deal:
             return Path(self._pick(before, np.concatenate(parts)), [len(part) for part in parts], slice(None))
         return Path(slice(None), [], self._pick(before, after))
 
-    def _pick(self, have: np.ndarray, want: np.ndarray) -> torch.Tensor | slice:
-        """Places in `have` of the rows `want`; a slice where they are neighbours, which copies nothing."""
+    def _pick(self, have: np.ndarray, want: np.ndarray, *, copies: bool = False) -> torch.Tensor | slice:
+        """Places in `have` of the rows `want`; a slice where they are neighbours, which copies nothing; of some only if not `copies`."""
         at = np.empty(self.num_rows, np.int64)
         at[have] = np.arange(len(have))
         places = at[want]
@@ -146,7 +146,10 @@ class Deal:
             return slice(0, 0)
         if (np.diff(places) == 1).all():
             run = slice(int(places[0]), int(places[-1]) + 1)
-            return slice(None) if run == slice(0, len(have)) else run
+            if run == slice(0, len(have)):
+                return slice(None)
+            if not copies:
+                return run
         there = torch.from_numpy(places)
         if torch.device(self._device).type == "cuda":
             there = there.pin_memory()  # from other memory a copy waits for the stream
@@ -163,10 +166,15 @@ class Heads(Deal):
         self._places: dict[Cut, torch.Tensor | slice] = {}
 
     def places(self, cut: Cut) -> torch.Tensor | slice:
-        """Where this rank's rows under a cut stand among all that it had."""
+        """Where this rank's rows under a cut stand among all that it had; a slice of all or none alone, so that no kernel finds rows
+        where in memory it has found none before."""
         if cut not in self._places:
-            self._places[cut] = self._whole._pick(self._whole.rows(cut), self._among[self.rows(cut)])
+            self._places[cut] = self._whole._pick(self._whole.rows(cut), self._among[self.rows(cut)], copies=True)
         return self._places[cut]
+
+    @cached_property
+    def chunks(self) -> Chunks:
+        return chunks_of(self._among[self.own()], self._whole._counts)
 
     def _cut(self, cut: Cut, rank: int) -> np.ndarray:
         had = np.zeros(self._whole.num_rows, bool)

@@ -31,9 +31,9 @@ class Strips:
     kept then. A block that gives something of a strip before it asks for the next gains by it; one whose rows look at each other
     asks for the `whole`. Where only some rows go on from the block, it gives those."""
 
-    def __init__(self, coming: Sequence[Coming], onward: torch.Tensor | slice | None = None):
-        """`onward`: places int64 [n] of the rows that go on; None: all do."""
-        self._coming, self._onward = list(coming), onward
+    def __init__(self, coming: Sequence[Coming], onward: torch.Tensor | slice = slice(None)):
+        """`onward`: places of the rows that go on, int64 [n] where not all do."""
+        self._coming, self.onward = list(coming), onward
         self.sizes = [len(strip.rows) for strip in coming]
 
     @classmethod
@@ -55,9 +55,17 @@ class Strips:
         """The same rows, here now, of which some go on."""
         return Strips([Coming(self.whole(), Done())], places)
 
-    def onward(self, rows: torch.Tensor) -> Sequence[torch.Tensor]:
-        """What a block made of all rows [N, ...], as it goes on: strip by strip, or of some rows as one strip."""
-        return rows.split(self.sizes) if self._onward is None else [picked(rows, self._onward)]
+    def going(self, x: torch.Tensor) -> torch.Tensor:
+        """[N, ...] of all rows -> of those that go on."""
+        return picked(x, self.onward)
+
+    def split(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
+        """[n, ...] of those that go on, strip by strip."""
+        return x.split(self.sizes) if self.all_go_on else [x]
+
+    @property
+    def all_go_on(self) -> bool:
+        return isinstance(self.onward, slice) and self.onward == slice(None)
 
     def _come(self) -> torch.Tensor:
         """The next one, in a frame that is gone when a block has it: the iterator's would keep it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import msgspec
@@ -297,6 +297,7 @@ class Runner:
             caches=self._caches,
             items=Items(slots, fresh, rows.counts, rows.replays, rows.holds, {}),
             routed=routed,
+            attend_heads=partial(self._plan_attention, rows, deal.heads or deal),
             num_sampled=len(rows.sampled),
         )
 
