@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from threads import Boards, on_every_rank
-from trireme.core.batch import Batch, Items
+from trireme.core.batch import Attend, Batch, Items
 from trireme.core.step import PAGE, Regime
 from trireme.layers.block import Build, PerRequest, PerToken
 from trireme.models.decoder import Computed, Decoder
@@ -110,13 +110,13 @@ class Chained:
         self,
         new: dict[int, Sequence[int]],
         *,
-        all_rows: bool = True,
+        head_rows: Sequence[int] | None = None,
         regime: Regime = Regime(),
         holds: Collection[int] = (),
         replays: Mapping[int, int] = MappingProxyType({}),
     ) -> torch.Tensor:
-        """One step: tokens that each sequence gets. Logits [rows, V] of all of them in order, or of each one's last. The tokens of
-        sequences in `holds` may not stand: the next step says how many do, in `replays`."""
+        """One step: tokens that each sequence gets. Logits [rows, V] of all of them in order, or of the step's `head_rows`. The tokens
+        of sequences in `holds` may not stand: the next step says how many do, in `replays`."""
         for sequence, num_rows in replays.items():
             self._lens[sequence] += num_rows
         counts = np.array([len(tokens) for tokens in new.values()], dtype=np.int32)
@@ -128,12 +128,17 @@ class Chained:
         positions = np.concatenate([np.arange(start, start + count) for start, count in zip(starts, counts, strict=True)])
         owners = np.repeat(np.arange(len(new)), counts)
         pages = tables[owners, positions // PAGE].astype(np.int64) * PAGE + positions % PAGE
-        head_rows = torch.arange(len(positions)) if all_rows else torch.from_numpy(np.cumsum(counts) - 1)
+        asked = None if head_rows is None else np.asarray(head_rows, np.int64)
 
         def run(rank: int, stage: int, came: torch.Tensor | None) -> torch.Tensor:
-            decoder, deal = self.decoders[stage][rank], Deal(self.plan, rank, counts, regime)
-            chunks = deal.chunks
-            mine = rows_of(chunks, counts)
+            decoder, deal = self.decoders[stage][rank], Deal(self.plan, rank, counts, regime, head_rows=asked)
+
+            def attention(deal: Deal) -> Mapping[int, Attend]:
+                chunks = deal.chunks
+                ends = starts[chunks.items] + chunks.begins + chunks.counts
+                return decoder.plan_attention(chunks.counts, ends, tables[chunks.items])
+
+            mine = rows_of(deal.chunks, counts)
             context = [deal.own(other) for other in range(rank % self.plan.tp, self.plan.ranks, self.plan.tp)]
             every = np.concatenate(context)
             shared = Shared([len(rows) for rows in context], torch.from_numpy(positions[every]), torch.from_numpy(pages[every]))
@@ -141,10 +146,9 @@ class Chained:
                 tokens=torch.from_numpy(tokens[mine]),
                 positions=torch.from_numpy(positions[mine]),
                 pages=torch.from_numpy(pages[mine]),
-                attention=decoder.plan_attention(chunks.counts, starts[chunks.items] + chunks.begins + chunks.counts, tables[chunks.items]),
+                attention=attention(deal),
                 shared=shared if regime.cp else None,
                 caches=self._caches[stage][rank],
-                head_rows=head_rows,
                 items=Items(
                     slots=torch.tensor(list(new)),
                     fresh=torch.from_numpy(starts == 0),
@@ -153,6 +157,7 @@ class Chained:
                     holds=np.array([sequence in holds for sequence in new]),
                     plans={},
                 ),
+                attend_heads=lambda: attention(deal.heads or deal),
             )
             if came is not None:
                 assert len(came) == decoder.num_edge_rows(deal)
@@ -173,7 +178,7 @@ class Chained:
         """The prompt in one step, then token by token."""
         answer, new = [], list(prompt)
         while len(answer) < max_tokens:
-            token = int(self.forward({sequence: new}, all_rows=False, regime=regime).argmax())
+            token = int(self.forward({sequence: new}, head_rows=[len(new) - 1], regime=regime).argmax())
             answer.append(token)
             new, regime = [token], Regime(sp=regime.sp)
         return answer

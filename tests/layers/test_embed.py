@@ -23,8 +23,8 @@ def spec_of(vocab: int) -> Spec:
     return cast(Spec, SimpleNamespace(vocab_size=vocab, hidden=HIDDEN, zero_centred=False))
 
 
-def batch_of(tokens: torch.Tensor, head_rows: torch.Tensor) -> Batch:
-    return Batch(tokens, tokens, tokens, None, None, [], head_rows)
+def batch_of(tokens: torch.Tensor) -> Batch:
+    return Batch(tokens, tokens, tokens, None, None, [])
 
 
 def fill(param: Param, whole: torch.Tensor) -> None:
@@ -40,7 +40,7 @@ def test_parts_of_the_embedding_sum_to_it(vocab: int, num_ranks: int, num_tokens
     for rank in range(num_ranks):
         embed = Embed(build(spec_of(vocab), rank, tp=num_ranks))
         fill(embed.weight, whole)
-        summed += embed(batch_of(tokens, tokens))
+        summed += embed(batch_of(tokens))
     assert torch.equal(summed, F.embedding(tokens, whole))
 
 
@@ -57,6 +57,6 @@ def test_columns_of_the_head_beside_each_other_are_it(vocab: int, num_ranks: int
         head = Head(own, tied=embed.weight if tied else None)
         fill(head.proj.weight, whole)
         head.proj.prepare()
-        columns += head(Strips.of(x), batch_of(head_rows, head_rows))
+        columns += head(Strips.of(x).with_onward(head_rows), batch_of(head_rows))
     assert all(part.dtype == torch.float32 for part in columns)
     torch.testing.assert_close(torch.cat(columns, dim=1), x[head_rows] @ whole.T, atol=1e-5, rtol=1e-5)

@@ -28,7 +28,7 @@ from trireme_kernels.choose import Choices
 
 SPEC = make_spec(tiny_config("qwen2_moe").to_dict())
 NOTHING = torch.zeros(0, dtype=torch.int64)
-BATCH = Batch(NOTHING, NOTHING, NOTHING, attention={}, shared=None, caches=[], head_rows=NOTHING)  # experts read no more of it
+BATCH = Batch(NOTHING, NOTHING, NOTHING, attention={}, shared=None, caches=[])  # experts read no more of it
 
 
 def filled(rank_build: Build, map: np.ndarray | None = None) -> Moe:

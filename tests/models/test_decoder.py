@@ -107,7 +107,7 @@ def test_only_the_asked_rows_reach_the_head(checkpoint: Path):
     prompts = random_prompts([9, 14])
     chained = Chained(checkpoint, [5])
     whole = chained.forward(dict(enumerate(prompts)))
-    last = Chained(checkpoint, [5]).forward(dict(enumerate(prompts)), all_rows=False)
+    last = Chained(checkpoint, [5]).forward(dict(enumerate(prompts)), head_rows=[8, 22])
     torch.testing.assert_close(last, whole[[8, 22]], atol=2e-5, rtol=0)
 
 
@@ -190,6 +190,6 @@ def test_bfloat16_runs(sliding: Path):
 
 
 def test_a_step_that_asks_nothing_gets_no_logits(sliding: Path):
-    nothing = Batch(torch.zeros(3), torch.zeros(3), torch.zeros(3), None, None, (), head_rows=torch.zeros(0, dtype=torch.int64))
-    [logits] = stage(sliding, 1).blocks[-1](Strips.of(torch.zeros(3, 48)), nothing)
+    batch = Batch(torch.zeros(3), torch.zeros(3), torch.zeros(3), {}, None, ())
+    [logits] = stage(sliding, 1).blocks[-1](Strips.of(torch.zeros(3, 48)).with_onward(slice(0, 0)), batch)
     assert logits.shape == (0, 251) and logits.dtype == torch.float32

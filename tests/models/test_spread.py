@@ -81,3 +81,25 @@ def test_logits_are_transformers(family: str, plan: Plan, checkpoints: Path):
             new: dict[int, Sequence[int]] = {i: prompt[slice(*end)] for i, (prompt, end) in enumerate(zip(prompts, ends, strict=True))}
             rows = torch.cat([logits[slice(*end)] for logits, end in zip(wanted, ends, strict=True)])
             torch.testing.assert_close(chained.forward(new, regime=each), rows, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("family", "plan"), CASES, ids=str)
+def test_rows_that_nobody_asks_for_stop_in_the_last_layer(family: str, plan: Plan, checkpoints: Path):
+    """The same, and nothing is asked of the first chunks; of the second ones the last row of one, then rows amid the other, as logprobs of
+    a prompt are; of each of the last ones a row."""
+    prompts = random_prompts([45, 24])
+    wanted = torch.cat([prompt_logits(checkpoints / family, prompt) for prompt in prompts])
+    for regime in plan.regimes:
+        chained, seen = Chained(checkpoints / family, plan), []
+        for decoder in chained.decoders[-1]:
+            decoder.blocks[-2].register_forward_pre_hook(lambda _, given: seen.append(sum(given[0].sizes)))  # noqa: B023
+        for ends, each, asked, rows in (
+            (([0, 30], [0, 19]), regime, [], []),
+            (([30, 39], [19, 21]), regime, [10, 0, 1, 2, 4], [45 + 20, 30, 31, 32, 34]),
+            (([39, 45], [21, 24]), Regime(sp=regime.sp), [5, 8], [44, 45 + 23]),
+        ):
+            new: dict[int, Sequence[int]] = {i: prompt[slice(*end)] for i, (prompt, end) in enumerate(zip(prompts, ends, strict=True))}
+            logits = chained.forward(new, head_rows=asked, regime=each)
+            torch.testing.assert_close(logits, wanted[rows], atol=1e-4, rtol=0)
+            assert max(seen, default=0) <= len(asked) <= sum(seen) and len(seen) == (plan.ranks if asked else 0)
+            seen.clear()

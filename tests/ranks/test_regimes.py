@@ -109,9 +109,9 @@ def test_a_rank_passes_the_largest_step_of_every_regime_alone(tmp_path, monkeypa
         decode()
         return find_room(*args, largest=largest, decode=decode, **rest)
 
-    def dealt(plan, rank, counts, regime, device):
+    def dealt(plan, rank, counts, regime, device, **rest):
         passed.append(regime)
-        return deal(plan, rank, counts, regime, device)
+        return deal(plan, rank, counts, regime, device, **rest)
 
     monkeypatch.setattr(runner, "find_room", measured)
     monkeypatch.setattr(runner, "Deal", dealt)

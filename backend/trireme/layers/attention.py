@@ -61,22 +61,24 @@ class Attention(Block):
 
     def forward(self, x: Strips, batch: Batch) -> Iterator[torch.Tensor]:
         q, gates = self.write(x, batch)
-        rows = batch.attention[self.window](q, *batch.caches[self.cache])
+        attention = batch.attention if x.all_go_on else batch.attend_heads()
+        rows = attention[self.window](q, *batch.caches[self.cache])
         for gate in gates:
             rows = self.sigmoid_mul(rows, gate)
-        return map(self.out, rows.flatten(1).split(x.sizes))
+        return map(self.out, x.split(rows.flatten(1)))
 
     def write(self, x: Strips, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Keep the rows' keys and values; (queries, their gates where there are any), [N, Hq, D] each."""
+        """Keep the rows' keys and values; (queries, their gates where there are any), [n, Hq, D] each, of those that go on."""
         pools, shared = batch.caches[self.cache], batch.shared
-        if shared is None:
+        if shared is None and x.all_go_on:
             return self._place(self.qkv.joined(x), [*self._q_heads, *self._kv_heads], batch.positions, batch.pages, pools)
-        products = self.qkv.parts(x.whole())
+        every = batch if shared is None else shared
+        products = self.qkv.parts(x.whole(), (slice(None), x.onward))
         mine = next(products)  # keys and values as they come: each rank turns and writes those of all
         with self.context.aside() as written:
-            every = self.context.all_gather(mine, shared)
-            self._place(every, [*[0] * len(self._q_heads), *self._kv_heads], shared.positions, shared.pages, pools)
-        placed = self._place(next(products), [*self._q_heads, 0, 0], batch.positions, batch.pages, pools)
+            kept = mine if shared is None else self.context.all_gather(mine, shared)
+            self._place(kept, [*[0] * len(self._q_heads), *self._kv_heads], every.positions, every.pages, pools)
+        placed = self._place(next(products), [*self._q_heads, 0, 0], x.going(batch.positions), x.going(batch.pages), pools)
         written.wait()
         return placed
 

@@ -84,7 +84,7 @@ class GatedDeltaNet(Block):
         weights = self.conv[:, 0], self.log_decay, self.dt_bias, self.out_norm, self._eps
         advance, gate = self._advance(items, cut=batch.shared is not None), z.unflatten(1, self._heads)
         rows = advance(qkv, a, b, gate, *weights, *batch.caches[self.cache], items.slots, items.fresh)
-        return map(self.out, rows.flatten(1).split(x.sizes))
+        return map(self.out, x.split(x.going(rows.flatten(1))))
 
     def _advance(self, items: Items, cut: bool) -> Advance:
         """How the step's items advance: planned by the first layer of a stage, for all of them."""

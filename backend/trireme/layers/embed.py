@@ -41,10 +41,10 @@ class Embed(nn.Module):
 
 
 class Head(Block):
-    """Rows [T, H] -> float32 logits of `batch.head_rows`, a rank's columns of them: [R, its part of V], to be asked through
+    """Rows [T, H] -> float32 logits of those that are sampled, a rank's columns of them: [R, its part of V], to be asked through
     parallel/vocabulary. `tied` is the embedding where this stage has it too."""
 
-    takes = lay(tp=WHOLE, cp=WHOLE)  # head_rows are numbers of the step's rows
+    takes = lay(tp=WHOLE, cp=WHOLE)  # a row's columns are on all ranks, and so is the row
 
     def __init__(self, build: Build, tied: Param | None):
         super().__init__("head")
@@ -54,7 +54,7 @@ class Head(Block):
         self._num_logits = self.proj.weight.shape[0]
 
     def forward(self, x: Strips, batch: Batch) -> Sequence[torch.Tensor]:
-        return [self.logits(x.whole().index_select(0, batch.head_rows))]
+        return [self.logits(x.going(x.whole())[: batch.num_sampled])]
 
     def logits(self, rows: torch.Tensor) -> torch.Tensor:
         """Of normed rows [R, H]."""

@@ -10,6 +10,7 @@ from torch import nn
 
 from trireme.layers.block import Build
 from trireme.layers.param import Cut, Param
+from trireme.parallel.collectives import picked
 from trireme.parallel.strips import Strips, joined
 
 # oneDNN takes its fast path from here on; one row padded to four costs less than one row (measured, AVX-512, float32).
@@ -66,21 +67,22 @@ class Linear(nn.Module):
                 torch.addmm(self.bias, rows, columns, out=out)
         return whole
 
-    def parts(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Columns of x [T, in] -> [T, out], each part by a product of its own once it is asked for; of a packed weight by one for all."""
+    def parts(self, x: torch.Tensor, rows: Sequence[torch.Tensor | slice]) -> Iterator[torch.Tensor]:
+        """Its parts, some columns of x [T, in] -> [T, out] each, and of each part some rows: each by a product of its own once it is asked
+        for; of a packed weight by one for all."""
         if self._packed is not None:
             whole = self(x)
-            yield from (whole[:, part] for part in self._parts)
+            yield from (picked(whole, some)[:, part] for some, part in zip(rows, self._parts, strict=True))
             return
         bias = self.bias if self._adds_bias else None
-        for part in self._parts:
-            yield self._multiply(x, self.weight[part], None if bias is None else bias[part], None)
+        for some, part in zip(rows, self._parts, strict=True):
+            yield self._multiply(picked(x, some), self.weight[part], None if bias is None else bias[part], None)
 
     def multiply_any(self, num_rows: int, dtype: torch.dtype | None = None) -> None:
         """Each of its products, of rows that mean nothing."""
         rows = torch.zeros(num_rows, self.form[0][1], dtype=self._dtype, device=self._device)
         self(rows, dtype)
-        for _ in self.parts(rows):
+        for _ in self.parts(rows, [slice(None)] * len(self._parts)):
             pass
 
     def forward(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:

@@ -101,8 +101,9 @@ def hybrid_blocks(build: Build, layer: int) -> list[Block]:
 class Computed(NamedTuple):
     """What a stage makes of a step's rows."""
 
-    rows: torch.Tensor  # the residual, for the next stage; of the last one its columns of the float32 logits [R, V]
-    normed: torch.Tensor | None = None  # [T, H], of the last stage: what its head read of every row
+    rows: torch.Tensor  # the residual, for the next stage; of the last one its columns of the float32 logits of what is sampled [S, V]
+    normed: torch.Tensor | None = None  # [T, H], where a head drafts: what the last stage's own head was given of every row
+    unread: torch.Tensor | None = None  # [n, H], of the last stage: the same of heads that are not sampled, for logits few at a time
 
 
 class Decoder(nn.Module):
@@ -116,12 +117,12 @@ class Decoder(nn.Module):
         self.names = names.tied() if spec.tie_word_embeddings else names
         self.embed = Embed(build) if build.first else None
         blocks = [block for layer in plan.layers(build.stage) for block in layer_blocks(build, layer)]
-        self.mtp: MtpHead | None = None
         self.head: Head | None = None
+        self.mtp: MtpHead | None = None
         if build.last:
-            self.head = head = Head(build, tied=self.embed.weight if self.embed is not None and spec.tie_word_embeddings else None)
-            blocks.append(head)
-            self.mtp = MtpHead(build, head, self.embed) if plan.mtp else None
+            self.head = Head(build, tied=self.embed.weight if self.embed is not None and spec.tie_word_embeddings else None)
+            blocks.append(self.head)
+            self.mtp = MtpHead(build, self.head, self.embed) if plan.mtp else None
         self.blocks = nn.ModuleList(blocks)
         self._parts: list[Embed | Join | Block] = [*([self.embed] if self.embed is not None else []), *blocks]
         self._walks = {regime: Walk(build, regime, self.embed, blocks) for regime in plan.regimes}
@@ -162,22 +163,35 @@ class Decoder(nn.Module):
     @torch.inference_mode()
     def forward(self, batch: Batch, deal: Deal, rows: torch.Tensor | None = None) -> Computed:
         """The first stage reads batch.tokens, others take the residual `rows`, laid out as `edge` of the step's regime says. The
-        last stage gives logits of batch.head_rows, others the residual after the add, again laid out as `edge`; the receiver norms
-        it."""
+        last stage gives logits of sampled rows, others the residual after the add, again laid out as `edge`; the receiver norms it."""
         walk = self._walks[deal.regime]
+        narrows = self._narrows(walk, batch)
         residual = self._enter(walk, batch, deal, rows)
         x = normed = None
         for seam, block in walk.blocks:
             normed, residual = seam(x, residual, deal)
             del x  # what the block computes may lie in its place
+            if block is narrows and deal.heads is not None:  # nobody would read what becomes of other rows
+                normed, residual, deal = walk.narrow(block, normed, residual, deal.heads)
             x = block(normed, batch)
+            if not deal.num_rows:
+                break  # nothing is asked, and all is kept
         assert x is not None and normed is not None, "a stage has blocks"
-        if not self.build.last:
+        if self.head is None:
             return Computed(walk.end(x, residual, deal))
-        [logits] = x
+        [logits] = x if deal.num_rows else [self.head.logits(residual[0])]
         rows = normed.whole()
-        # the head that drafts reads them after an exchange of its own, by which others may write where these were gathered (see Mail)
-        return Computed(logits, rows if self.mtp is None else rows.clone())
+        if self.mtp is not None:
+            rows = rows.clone()  # it reads them after an exchange of its own, by which others may write where they were gathered (see Mail)
+        unread = None if batch.num_sampled is None else normed.going(rows)[batch.num_sampled :]
+        return Computed(logits, None if self.mtp is None else rows, unread)
+
+    def _narrows(self, walk: Walk, batch: Batch) -> Block | None:
+        """Of the last stage the block from which on there are only the rows whose logits are asked for: the last that keeps something
+        of every row; where drafts are made from all rows, or the experts of all are told, the head."""
+        if self.head is None or self.mtp is not None or batch.routed is not None:
+            return self.head
+        return [block for _, block in walk.blocks if block.keeps is not None][-1]
 
     def _enter(self, walk: Walk, batch: Batch, deal: Deal, rows: torch.Tensor | None) -> Sequence[torch.Tensor]:
         """The residual at home, by strips. Apart from forward, so that nothing keeps the rows from which it is cut."""

@@ -130,7 +130,8 @@ class Forecast:
 def forecast(spec: Spec, plan: Plan, settings: Settings, device: Device, demand: Demand, item_bytes: int) -> Forecast:
     """A prompt is computed in chunks of max_num_batched_tokens that follow one another through the stages. While decoding, the
     requests are dealt into pp steps in flight, and a token costs the longer of two: a step's way through all stages, or the
-    slowest stage's work for every step. What drafts bring, and what it costs to make more than one, is not in it."""
+    slowest stage's work for every step. What drafts bring, and what it costs to make more than one, is not in it; nor that most rows
+    of a prompt stop in the last layer."""
     rows = max(settings.max_num_batched_tokens, plan.cp * demand.requests)  # decodes are whole along cp
     work = activation_bytes(spec, plan, rows, demand.requests, item_bytes)
     ranks = tuple(

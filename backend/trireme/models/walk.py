@@ -9,10 +9,11 @@ import torch
 from trireme.core.step import Regime
 from trireme.layers.block import Block, Build
 from trireme.layers.embed import Embed
-from trireme.parallel.deal import Deal
+from trireme.parallel.collectives import picked
+from trireme.parallel.deal import Deal, Heads
 from trireme.parallel.layout import WHOLE, Layout, cut_of, home_of, lay
 from trireme.parallel.seam import Route, Seam
-from trireme.parallel.strips import joined
+from trireme.parallel.strips import Strips, joined
 
 
 class Walk:
@@ -37,6 +38,13 @@ class Walk:
     def strips(self, residual: torch.Tensor, deal: Deal) -> Sequence[torch.Tensor]:
         """The residual at home, as seams take it."""
         return residual.split(deal.sizes(self._home))
+
+    def narrow(
+        self, block: Block, normed: Strips, residual: Sequence[torch.Tensor], heads: Heads
+    ) -> tuple[Strips, Sequence[torch.Tensor], Deal]:
+        """What a block takes, the residual and the deal, such that from this block on there are only the rows of `heads`."""
+        normed = normed.with_onward(heads.places(cut_of(block.takes.at(home_of(self.regime)), self._build.collectives.mesh)))
+        return normed, [picked(joined([*residual]), heads.places(self._home))], heads  # the residual is here when what it gave is
 
     def end(self, x: Iterable[torch.Tensor], residual: Sequence[torch.Tensor], deal: Deal) -> torch.Tensor:
         """The residual with what the last block gives, as it is handed on."""

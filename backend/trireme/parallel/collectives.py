@@ -171,14 +171,15 @@ class Collectives:
 def carry_out(move: Move, along: Along | None, x: torch.Tensor, deal: Deal) -> torch.Tensor:
     """One move of a layout, with the step's rows in the order that the deal gives them. A slice needs nobody along."""
     if along is None:
-        return _picked(x, deal.path(move).keep)
+        return picked(x, deal.path(move).keep)
     if move.collective == "all_reduce":
         return along.all_reduce(x)
     path = deal.path(move)
     if move.collective == "all_gather":
-        return _picked(along.all_gather(x, path.counts), path.keep)
-    return along.reduce_scatter(_picked(x, path.send), path.counts)
+        return picked(along.all_gather(x, path.counts), path.keep)
+    return along.reduce_scatter(picked(x, path.send), path.counts)
 
 
-def _picked(x: torch.Tensor, rows: torch.Tensor | slice) -> torch.Tensor:
+def picked(x: torch.Tensor, rows: torch.Tensor | slice) -> torch.Tensor:
+    """[N, ...] -> its `rows`, int64 [n]; neighbours are not copied."""
     return x[rows] if isinstance(rows, slice) else x.index_select(0, rows)

@@ -13,7 +13,7 @@ from trireme.core.step import Regime
 from trireme.parallel.layout import Cut, Move
 from trireme.parallel.mesh import Span
 from trireme.parallel.plan import Plan
-from trireme.parallel.zigzag import Chunks, rows_of, whole, zigzag
+from trireme.parallel.zigzag import Chunks, chunks_of, rows_of, whole, zigzag
 
 
 class Path(NamedTuple):
@@ -47,11 +47,13 @@ class Deal:
         regime: Regime = Regime(),
         device: torch.device | str = "cpu",
         *,
+        head_rows: np.ndarray | None = None,  # int64 [R]: those whose logits are asked for, in any order; None: all, in theirs
         in_strips: bool = True,
     ):
         self.regime = regime
         self.num_rows = int(counts.sum())
         self._plan, self._rank, self._counts, self._device, self._in_strips = plan, rank, counts, device, in_strips
+        self._head_rows = head_rows
         self._rows: dict[tuple[Cut, int], np.ndarray] = {}
         self._paths: dict[Move, Path] = {}
 
@@ -63,6 +65,13 @@ class Deal:
             return (self,)
         runs = [np.array([size], np.int32) for size in sizes]
         return tuple(Deal(self._plan, self._rank, run, self.regime, self._device, in_strips=False) for run in runs)
+
+    @cached_property
+    def heads(self) -> Heads | None:
+        """The rows whose logits are asked for; None where they are these rows as they stand."""
+        every = np.arange(self.num_rows)
+        rows = every if self._head_rows is None else self._head_rows
+        return None if len(self.strips) == 1 and np.array_equal(rows, every) else Heads(self, rows)
 
     def sizes(self, cut: Cut) -> list[int]:
         """This rank's rows of each strip under a cut."""
@@ -128,8 +137,8 @@ class Deal:
             return Path(self._pick(before, np.concatenate(parts)), [len(part) for part in parts], slice(None))
         return Path(slice(None), [], self._pick(before, after))
 
-    def _pick(self, have: np.ndarray, want: np.ndarray) -> torch.Tensor | slice:
-        """Places in `have` of the rows `want`; a slice where they are neighbours, which copies nothing."""
+    def _pick(self, have: np.ndarray, want: np.ndarray, *, copies: bool = False) -> torch.Tensor | slice:
+        """Places in `have` of the rows `want`; a slice where they are neighbours, which copies nothing; of some only if not `copies`."""
         at = np.empty(self.num_rows, np.int64)
         at[have] = np.arange(len(have))
         places = at[want]
@@ -137,8 +146,37 @@ class Deal:
             return slice(0, 0)
         if (np.diff(places) == 1).all():
             run = slice(int(places[0]), int(places[-1]) + 1)
-            return slice(None) if run == slice(0, len(have)) else run
+            if run == slice(0, len(have)):
+                return slice(None)
+            if not copies:
+                return run
         there = torch.from_numpy(places)
         if torch.device(self._device).type == "cuda":
             there = there.pin_memory()  # from other memory a copy waits for the stream
         return there.to(self._device, non_blocking=True)
+
+
+class Heads(Deal):
+    """Those of a step's rows whose logits are asked for, numbered in that order, in one strip. A rank has those that it had before, so
+    that none need be sent to it."""
+
+    def __init__(self, whole: Deal, rows: np.ndarray):
+        super().__init__(whole._plan, whole._rank, np.array([len(rows)], np.int32), whole.regime, whole._device, in_strips=False)
+        self._whole, self._among = whole, rows
+        self._places: dict[Cut, torch.Tensor | slice] = {}
+
+    def places(self, cut: Cut) -> torch.Tensor | slice:
+        """Where this rank's rows under a cut stand among all that it had; a slice of all or none alone, so that no kernel finds rows
+        where in memory it has found none before."""
+        if cut not in self._places:
+            self._places[cut] = self._whole._pick(self._whole.rows(cut), self._among[self.rows(cut)], copies=True)
+        return self._places[cut]
+
+    @cached_property
+    def chunks(self) -> Chunks:
+        return chunks_of(self._among[self.own()], self._whole._counts)
+
+    def _cut(self, cut: Cut, rank: int) -> np.ndarray:
+        had = np.zeros(self._whole.num_rows, bool)
+        had[self._whole.rows(cut, rank)] = True
+        return np.flatnonzero(had[self._among])

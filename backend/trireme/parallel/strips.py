@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from trireme.parallel.aside import Done
+from trireme.parallel.collectives import picked
 
 
 class Coming(NamedTuple):
@@ -28,10 +29,11 @@ class Coming(NamedTuple):
 class Strips:
     """All rows [N, H] that a block takes, strip after strip, to be iterated once: each strip is here once it is asked for, and is not
     kept then. A block that gives something of a strip before it asks for the next gains by it; one whose rows look at each other
-    asks for the `whole`."""
+    asks for the `whole`. Where only some rows go on from the block, it gives those."""
 
-    def __init__(self, coming: Sequence[Coming]):
-        self._coming = list(coming)
+    def __init__(self, coming: Sequence[Coming], onward: torch.Tensor | slice = slice(None)):
+        """`onward`: places of the rows that go on, int64 [n] where not all do."""
+        self._coming, self.onward = list(coming), onward
         self.sizes = [len(strip.rows) for strip in coming]
 
     @classmethod
@@ -48,6 +50,22 @@ class Strips:
         rows = joined([*self])
         self._coming = [Coming(rows, Done())]
         return rows
+
+    def with_onward(self, places: torch.Tensor | slice) -> Strips:
+        """The same rows, here now, of which some go on."""
+        return Strips([Coming(self.whole(), Done())], places)
+
+    def going(self, x: torch.Tensor) -> torch.Tensor:
+        """[N, ...] of all rows -> of those that go on."""
+        return picked(x, self.onward)
+
+    def split(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
+        """[n, ...] of those that go on, strip by strip."""
+        return x.split(self.sizes) if self.all_go_on else [x]
+
+    @property
+    def all_go_on(self) -> bool:
+        return isinstance(self.onward, slice) and self.onward == slice(None)
 
     def _come(self) -> torch.Tensor:
         """The next one, in a frame that is gone when a block has it: the iterator's would keep it."""

@@ -39,6 +39,14 @@ def whole(counts: np.ndarray) -> Chunks:
     return Chunks(np.arange(len(counts)), np.zeros(len(counts), np.int64), counts.astype(np.int64))
 
 
+def chunks_of(rows: np.ndarray, counts: np.ndarray) -> Chunks:
+    """Rows of the step in any order, int64 [N], as the longest chunks that have them in this order."""
+    firsts = np.cumsum(counts, dtype=np.int64) - counts
+    items = np.searchsorted(firsts, rows, side="right") - 1
+    edges = np.flatnonzero((np.diff(rows, prepend=-2) != 1) | (np.diff(items, prepend=-1) != 0))
+    return Chunks(items[edges], (rows - firsts[items])[edges], np.diff(edges, append=len(rows)))
+
+
 def rows_of(chunks: Chunks, counts: np.ndarray) -> np.ndarray:
     """Rows of the step, item after item, that the chunks are: int64 [sum of their counts]."""
     firsts = np.cumsum(counts, dtype=np.int64) - counts

@@ -170,7 +170,6 @@ class _Chain:
             attention={window: partial(self._attend, attend.run) for window, attend in self._attends.items()},
             shared=None,
             caches=self._caches,
-            head_rows=self._position[:0],
             num_rows=self._num_items,
         )
         self._take(self._head(self._passed, batch, self._deal))

@@ -118,7 +118,6 @@ class Drafter:
                 attention=self._plan_attention(standing, ends + ahead, table),
                 shared=None,
                 caches=self._caches,
-                head_rows=at[:0],
             )
             passed = self._head(passed, batch, deal)
             drafts.append(self.best(passed))

@@ -219,7 +219,6 @@ class Graph:
         self._attends, self._advances = attends, advances
         for attend in attends.values():
             attend.plan(np.ones(shape.num_rows, np.int32), np.zeros((shape.num_rows, 1), np.int32))
-        self._head_rows = torch.arange(shape.num_rows, device=build.device)  # kept, as all that a graph reads
         self._recording: Recording | None = None
         self._result: Computed | None = None
 
@@ -246,7 +245,6 @@ class Graph:
             attention={window: attend.run for window, attend in self._attends.items()},
             shared=None,
             caches=self._caches,
-            head_rows=self._head_rows,
             items=Items(
                 slots[::width].contiguous(),
                 firsts == 0,
@@ -265,7 +263,7 @@ class Graph:
 
     @property
     def normed(self) -> torch.Tensor:
-        """What the last stage's head read of every row, [rows, H]."""
+        """As Computed has it, [rows, H]."""
         assert self._result is not None and self._result.normed is not None
         return self._result.normed
 
@@ -312,10 +310,10 @@ class Graph:
             self._edge[at] = received
         self._recording.replay()
         assert self._result is not None
-        result, normed = self._result
-        if normed is not None:
-            return Computed(result[at], normed[at])
-        return Computed(result[at].clone())  # a link may still send the last one
+        result, normed, _ = self._result
+        if not self._decoder.build.last:
+            return Computed(result[at].clone())  # a link may still send the last one
+        return Computed(result[at], None if normed is None else normed[at])
 
 
 class _Borrowed:

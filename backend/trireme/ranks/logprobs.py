@@ -53,9 +53,9 @@ class Stretch:
     num_top: int
 
     def describe(self, normed: torch.Tensor, head: Callable[[torch.Tensor], CutLogits]) -> Described:
-        """`normed` [T, H]: what the head reads of the step's rows. It multiplies few at a time: nobody set memory aside for more."""
-        rows, tokens = upload([self.rows, self.tokens], normed.device)
-        return Described(lambda some: head(normed[rows[some]]), tokens, np.full(len(tokens), self.num_top))
+        """`normed` [r, H]: what the head reads of these rows. It multiplies few at a time: nobody set memory aside for more."""
+        [tokens] = upload([self.tokens], normed.device)
+        return Described(lambda some: head(normed[some]), tokens, np.full(len(tokens), self.num_top))
 
     def tell(self, described: Described) -> PromptLogprobs:
         return PromptLogprobs(self.slot, self.start, described.read())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import msgspec
@@ -16,7 +16,7 @@ from trireme.core.devices import steps_in_flight
 from trireme.core.log import logger
 from trireme.core.request import Logprobs, Sampling
 from trireme.core.settings import Settings
-from trireme.core.step import PAGE, Clock, Open, Outcome, Step, array, ints
+from trireme.core.step import PAGE, Clock, Open, Outcome, Regime, Step, array, ints
 from trireme.layers.block import PerToken
 from trireme.models.decoder import Computed, Decoder
 from trireme.parallel.context import Shared
@@ -175,12 +175,12 @@ class Runner:
                 self._mixtures.commit(stamped)
         version = self.map_version
         rows = self._read(step)
-        deal = Deal(self._decoder.build.plan, self._decoder.build.rank, rows.counts, step.regime, self._device)
+        stretches = self._prompts.stretches(rows)
+        deal = self._deal(rows, step.regime, stretches)
         with watch.receiving():
             received = self._receive(step, rows, deal, carried)
 
         self._states.restore(step.restores)
-        stretches = self._prompts.stretches(rows)
         batch, routed, recorded = None, bytes, bytes
         records = self._records(step)
         graph = None if stretches else self._find_graph(step, rows)
@@ -196,7 +196,7 @@ class Runner:
         if self._is_last:
             sampled = self._sample(step, rows, self._cut(computed.rows)) if len(rows.sampled) else None
             drafts = self._draft(step, rows, deal, batch, computed, sampled, graph)
-            read = self._describe(sampled, drafts, stretches, computed.normed)
+            read = self._describe(sampled, drafts, stretches, computed.unread)
         else:
             carries = self._joined.send(computed.rows)
         self._states.save(step.saves)
@@ -252,6 +252,12 @@ class Runner:
                 self._fed.owe(step.number, rows.owners[rows.sampled], rows.feeds, tokens)
         return self._joined.receive(self._decoder.num_edge_rows(deal), carried)
 
+    def _deal(self, rows: Rows, regime: Regime, stretches: Sequence[Stretch] = ()) -> Deal:
+        """Of a step's rows; logits are asked for of those that are sampled, and then of those that tell of prompts."""
+        head_rows = np.concatenate([rows.sampled, *(stretch.rows for stretch in stretches)])
+        build = self._decoder.build
+        return Deal(build.plan, build.rank, rows.counts, regime, self._device, head_rows=head_rows)
+
     def _plan_attention(self, rows: Rows, deal: Deal) -> Mapping[int, Attend]:
         """A chunk of an item sees the item's keys up to the chunk's own end."""
         chunks = deal.chunks
@@ -269,13 +275,12 @@ class Runner:
         mine = deal.own()
         context = [deal.own(rank) for rank in self._context] if deal.regime.cp else []
         every = np.concatenate(context) if context else mine[:0]
-        tokens, positions, pages, owners, heads, every_position, every_page, slots, fresh = upload(
+        tokens, positions, pages, owners, every_position, every_page, slots, fresh = upload(
             [
                 rows.tokens[mine],
                 rows.positions[mine],
                 rows.pages[mine],
                 rows.owners[mine],
-                rows.sampled,
                 rows.positions[every],
                 rows.pages[every],
                 rows.slots.astype(np.int64),
@@ -290,9 +295,10 @@ class Runner:
             attention=attention,
             shared=Shared([len(own) for own in context], every_position, every_page) if context else None,
             caches=self._caches,
-            head_rows=heads,
             items=Items(slots, fresh, rows.counts, rows.replays, rows.holds, {}),
             routed=routed,
+            attend_heads=partial(self._plan_attention, rows, deal.heads or deal),
+            num_sampled=len(rows.sampled),
         )
 
     @cached_property
@@ -346,7 +352,7 @@ class Runner:
         return self._drafter.draft(step, rows, deal, batch, computed.normed, None if sampled is None else sampled.tokens)
 
     def _describe(
-        self, sampled: Sampled | None, drafts: torch.Tensor | None, stretches: list[Stretch], normed: torch.Tensor | None
+        self, sampled: Sampled | None, drafts: torch.Tensor | None, stretches: list[Stretch], unread: torch.Tensor | None
     ) -> Callable[..., Outcome]:
         """Compute what was asked of logprobs. What is returned makes the outcome, once the device has come so far."""
         tokens = described = None
@@ -354,8 +360,9 @@ class Runner:
             tokens, described = download(sampled.tokens.to(torch.int32)), sampled.describe()
         drafts, told = None if drafts is None else download(drafts), []
         if stretches:
-            assert normed is not None, "of the last stage"
-            told = [stretch.describe(normed, self._logits) for stretch in stretches]
+            assert unread is not None, "of the last stage"
+            parts = unread.split([len(stretch.rows) for stretch in stretches])
+            told = [stretch.describe(part, self._logits) for stretch, part in zip(stretches, parts, strict=True)]
 
         def read(*where: int, clock: Clock) -> Outcome:
             logprobs: list[Logprobs | None] = []
@@ -506,7 +513,7 @@ class Runner:
             drafts=self._decoder.build.plan.mtp,
         )
         rows = lay_out(step, self._page_table)
-        deal = Deal(self._decoder.build.plan, self._decoder.build.rank, rows.counts, regime, self._device)
+        deal = self._deal(rows, regime)
         edge = torch.zeros(self._decoder.num_edge_rows(deal), self.hidden, dtype=self.dtype, device=self._device)
         batch = self._batch(rows, deal, self._plan_attention(rows, deal))
         computed = self._decoder.forward(batch, deal, None if self._is_first else edge)

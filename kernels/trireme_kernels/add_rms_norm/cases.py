@@ -17,6 +17,7 @@ CASES = (
     Case("cpu", torch.float32, {"hidden": 64, "rows": 1}),
     Case("cpu", torch.bfloat16, {"hidden": 40, "rows": 3}),
     Case("cpu", torch.bfloat16, {"hidden": 96, "rows": 3, "wide_weight": 1}),
+    Case("cpu", torch.bfloat16, {"hidden": 96, "rows": 0}),
 )
 # Qwen3-8B, and Qwen3.5-35B-A3B, whose norms are zero-centred
 BENCH = (

@@ -19,6 +19,7 @@ CASES = (
     Case("cpu", torch.bfloat16, {"num_in": 2048, "num_out": 1, "rows": 16}),
     Case("cpu", torch.bfloat16, {"num_in": 4096, "num_out": 24, "rows": 9, "wide": 1}),
     Case("cpu", torch.bfloat16, {"num_in": 64, "num_out": 136, "rows": 300}),
+    Case("cpu", torch.bfloat16, {"num_in": 64, "num_out": 136, "rows": 0, "bias": 1}),
     Case("cpu", torch.bfloat16, {"num_in": 64, "num_out": 136, "rows": 300, "bias": 1, "wide": 1}),
     Case("cpu", torch.bfloat16, {"num_in": 64, "num_out": 0, "rows": 5}),
     Case("cpu", torch.bfloat16, {"num_in": 64, "num_out": 24, "rows": 0, "wide": 1}),

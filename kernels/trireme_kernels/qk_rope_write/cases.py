@@ -19,6 +19,7 @@ CASES = (
     Case("cpu", torch.bfloat16, {"num_heads": 4, "num_kv_heads": 2, "head_dim": 96, "rows": 5, "norm": 1, "rotary": 24, "wide_norm": 1}),
     Case("cpu", torch.float32, {**_DEMO, "rows": 3, "norm": 0, "rotary": 16}),
     Case("cpu", torch.bfloat16, {**_DEMO, "rows": 5, "norm": 1, "only_q": 1}),
+    Case("cpu", torch.bfloat16, {**_DEMO, "rows": 0, "norm": 1, "only_q": 1}),
     Case("cpu", torch.bfloat16, {**_DEMO, "rows": 5, "norm": 1, "only_kv": 1}),
 )
 # Qwen3-8B; Qwen3.5-35B-A3B, that turns a quarter of a head, with zero-centred norms

@@ -14,6 +14,7 @@ from trireme_kernels.sigmoid_mul.op import SigmoidMul
 CASES = (
     Case("cpu", torch.float32, {"num_heads": 4, "head_dim": 20, "rows": 3}),
     Case("cpu", torch.bfloat16, {"num_heads": 9, "head_dim": 128, "rows": 2}),
+    Case("cpu", torch.bfloat16, {"num_heads": 9, "head_dim": 128, "rows": 0}),
 )
 # Qwen3.5-35B-A3B
 BENCH = tuple(Case("cpu", torch.bfloat16, {"num_heads": 16, "head_dim": 256, "rows": rows}) for rows in (1, 32, 256, 8192))

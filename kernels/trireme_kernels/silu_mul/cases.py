@@ -15,6 +15,7 @@ CASES = (
     Case("cpu", torch.float32, {"intermediate": 1536, "rows": 3}),
     Case("cpu", torch.bfloat16, {"intermediate": 1536, "rows": 3}),
     Case("cpu", torch.float32, {"intermediate": 100, "rows": 7}),
+    Case("cpu", torch.bfloat16, {"intermediate": 100, "rows": 0}),
 )
 # Qwen3-8B, and the experts of Qwen3-30B-A3B: 8 rows a token
 BENCH = tuple(
