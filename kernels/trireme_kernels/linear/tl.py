@@ -16,7 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from trireme_kernels.blocks import cdiv
 from trireme_kernels.case import Case
+from trireme_kernels.jit import jit
 from trireme_kernels.linear.op import Linear
 from trireme_kernels.pdl import after_earlier, early
 
@@ -57,7 +59,7 @@ def linear(
     assert x.stride(1) == 1 and weight.is_contiguous(), "rows are contiguous"
     out = torch.empty(num_rows, num_out, dtype=dtype, device=x.device)
     if out.numel():
-        _linear_columns[(triton.cdiv(num_out, tile.columns),)](
+        _linear_columns[(cdiv(num_out, tile.columns),)](
             x,
             weight,
             weight if bias is None else bias,  # an unused pointer must still be one
@@ -85,7 +87,7 @@ def _many(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) ->
     return out if bias is None else out.add_(bias)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@jit(do_not_specialize=["num_rows"])
 def _linear_columns(
     x, weight, bias, out, num_rows, num_out, num_in, x_row,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, BIAS: tl.constexpr, WIDEN: tl.constexpr,
