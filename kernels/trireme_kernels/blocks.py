@@ -1,5 +1,4 @@
-"""Blocks: how many a length is cut into, and how long they are. The same of triton is made for kernels: the host waits four
-microseconds for each."""
+"""Blocks: how many a length is cut into, and how long they are. triton's own functions are made for kernels, and cost the host more."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """jit: kernels in the Triton language whose launches cost the host little, since a step has hundreds of them.
 
 triton.jit binds and names all arguments anew at each launch, writes down in words what it finds of them, to look up which of the
-kernels that it has compiled fits, and asks the driver of every address: 15 us for nine arguments and 35 for 27, where a launch itself
-takes three. Here a function is written for each kernel when it is first launched; it looks up by the values themselves.
+kernels that it has compiled fits, and asks the driver of every address. Of nine arguments that takes 20.6 us on the host of an H100, and
+what it then calls with addresses as numbers 5.8. Here a function is written for each kernel when it is first launched, which looks up by
+the values themselves.
 """
 
 from __future__ import annotations

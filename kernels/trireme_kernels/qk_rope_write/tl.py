@@ -41,7 +41,10 @@ def qk_rope_write(
 ) -> Tensor:  # [T, Hq, D]
     num_rows, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
-    assert all(x.stride(-1) == 1 for x in (q, k, v, cos_sin, k_pool, v_pool)), "heads are contiguous"
+    (*q_strides, q_one), (*k_strides, k_one), (*v_strides, v_one) = q.stride(), k.stride(), v.stride()
+    (*k_places, k_pool_one), (*v_places, v_pool_one) = k_pool.stride(), v_pool.stride()
+    angle_row, angle_one = cos_sin.stride()
+    assert q_one == k_one == v_one == k_pool_one == v_pool_one == angle_one == 1, "heads are contiguous"
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if num_rows:
         q_parts, kv_parts = cdiv(num_heads, _HEADS), cdiv(num_kv_heads, _HEADS)
@@ -58,12 +61,12 @@ def qk_rope_write(
             k_pool,
             v_pool,
             pages,
-            *q.stride()[:2],
-            *k.stride()[:2],
-            *v.stride()[:2],
-            cos_sin.stride(0),
-            *k_pool.stride()[:3],
-            *v_pool.stride()[:3],
+            *q_strides,
+            *k_strides,
+            *v_strides,
+            angle_row,
+            *k_places,
+            *v_places,
             HQ=num_heads,
             HK=num_kv_heads,
             Q_PARTS=q_parts,
