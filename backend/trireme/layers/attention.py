@@ -86,5 +86,5 @@ class Attention(Block):
         self, product: torch.Tensor, heads: list[int], positions: torch.Tensor, pages: torch.Tensor, pools: tuple[torch.Tensor, ...]
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Of rows of `heads`: queries, their gates, keys, values, of each kind all or none. As write."""
-        q, *gates, k, v = product.view(len(product), sum(heads), self._dim).split(heads, dim=1)
+        q, *gates, k, v = product.view(product.shape[0], sum(heads), self._dim).split_with_sizes(heads, 1)
         return self.rope_write(q, k, v, self._cos_sin, positions, self.q_norm, self.k_norm, self._eps, *pools, pages), gates

@@ -5,12 +5,13 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from trireme_kernels.add_rms_norm.op import AddRmsNorm
+from trireme_kernels.blocks import next_power_of_2
 from trireme_kernels.case import Case
+from trireme_kernels.jit import jit
 from trireme_kernels.pdl import after_earlier, early
 from trireme_kernels.rms_norm.tl import normed_row
 
@@ -28,12 +29,12 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     normed = torch.empty_like(x, memory_format=torch.contiguous_format)
     total = torch.empty_like(normed)
     if num_rows:
-        strides, block = (x.stride(0), residual.stride(0)), triton.next_power_of_2(hidden)
+        strides, block = (x.stride(0), residual.stride(0)), next_power_of_2(hidden)
         _add_rms_norm_rows[(num_rows,)](x, residual, weight, normed, total, *strides, hidden, eps, BLOCK=block, **early(x))
     return normed, total
 
 
-@triton.jit
+@jit
 def _add_rms_norm_rows(
     x, residual, weight, normed, total, x_stride, residual_stride, hidden, eps,
     BLOCK: tl.constexpr, PDL: tl.constexpr,

@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from trireme_kernels.blocks import cdiv
 from trireme_kernels.case import Case
 from trireme_kernels.causal_conv.op import CausalConv
+from trireme_kernels.jit import jit
 from trireme_kernels.upload import upload
 
 _ROWS, _COLUMNS = 16, 128  # of a tile
@@ -40,7 +41,7 @@ class Tiled:
         num_rows, num_channels = x.shape
         out = torch.empty(num_rows, num_channels, dtype=x.dtype, device=x.device)
         if num_rows:
-            _causal_conv_tile[(triton.cdiv(num_rows, _ROWS), triton.cdiv(num_channels, _COLUMNS))](
+            _causal_conv_tile[(cdiv(num_rows, _ROWS), cdiv(num_channels, _COLUMNS))](
                 x,
                 left,
                 weight,
@@ -58,7 +59,7 @@ class Tiled:
         return out
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@jit(do_not_specialize=["num_rows"])
 def _causal_conv_tile(
     x, left, weight, plan, out, num_rows, num_channels, x_row, left_item, left_row, weight_row,
     TAPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,

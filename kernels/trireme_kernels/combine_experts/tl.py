@@ -5,12 +5,13 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from trireme_kernels.blocks import cdiv, next_power_of_2
 from trireme_kernels.case import Case
 from trireme_kernels.combine_experts.op import CombineExperts, Shared
+from trireme_kernels.jit import jit
 from trireme_kernels.pdl import after_earlier, early
 
 
@@ -29,8 +30,8 @@ def combine_experts(results: Tensor, weights: Tensor, shared: Shared | None) -> 
     others = Shared(out, out, out) if shared is None else shared  # not read where there is none
     assert results.is_contiguous() and weights.is_contiguous() and all(each.stride(1) == 1 for each in others)
     if num_rows:
-        block = min(1024, triton.next_power_of_2(hidden))
-        _combine_experts_rows[(num_rows, triton.cdiv(hidden, block))](
+        block = min(1024, next_power_of_2(hidden))
+        _combine_experts_rows[(num_rows, cdiv(hidden, block))](
             results,
             weights,
             *others,
@@ -46,7 +47,7 @@ def combine_experts(results: Tensor, weights: Tensor, shared: Shared | None) -> 
     return out
 
 
-@triton.jit
+@jit
 def _combine_experts_rows(
     results, weights, shared, x, gate, out, hidden, shared_row, x_row,
     TOP_K: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,

@@ -15,9 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from trireme_kernels.blocks import next_power_of_2
 from trireme_kernels.case import Case
 from trireme_kernels.delta_step.op import CapturedDeltaStep, DeltaStep
 from trireme_kernels.gated_rms_norm.tl import normed_and_gated
+from trireme_kernels.jit import jit
 from trireme_kernels.pdl import after_earlier, early
 from trireme_kernels.upload import upload
 
@@ -28,7 +30,7 @@ _FEW_PROGRAMS = 128  # fewer leave most of a GPU idle: each then has all its byt
 
 def fits(case: Case) -> str | None:
     key_dim, value_dim, kernel = (case.sizes.get(name, 1) for name in ("key_dim", "value_dim", "kernel"))
-    if triton.next_power_of_2(key_dim) * triton.next_power_of_2(value_dim) > _MOST_NUMBERS:
+    if next_power_of_2(key_dim) * next_power_of_2(value_dim) > _MOST_NUMBERS:
         return f"a state of {key_dim} x {value_dim} is more than the {_MOST_NUMBERS} numbers that fit in registers"
     if kernel > _TAPS:
         return f"kernel={kernel} is over {_TAPS}"
@@ -136,9 +138,9 @@ def launch(
     if not num_items:
         return out.zero_()
     num_key_heads = (num_channels - num_heads * value_dim) // (2 * key_dim)
-    shared, keys, values = num_heads // num_key_heads, triton.next_power_of_2(key_dim), triton.next_power_of_2(value_dim)
+    shared, keys, values = num_heads // num_key_heads, next_power_of_2(key_dim), next_power_of_2(value_dim)
     together, num_warps = tiles(num_items * num_key_heads)
-    together = min(together, triton.next_power_of_2(shared), max(1, _MOST_NUMBERS // (keys * values)))
+    together = min(together, next_power_of_2(shared), max(1, _MOST_NUMBERS // (keys * values)))
     _delta_step_items[(num_items, num_key_heads)](
         qkv,
         a,
@@ -184,7 +186,7 @@ def launch(
 
 # What belongs to items amid a step may begin at any address; of a, b, slots and fresh only single numbers are read, for which that
 # makes no other kernel.
-@triton.jit(do_not_specialize=["num_items", "num_rows"], do_not_specialize_on_alignment=["a", "b", "slots", "fresh"])
+@jit(do_not_specialize=["num_items", "num_rows"], do_not_specialize_on_alignment=["a", "b", "slots", "fresh"])
 def _delta_step_items(
     qkv, a, b, gate, inputs, held, slots, fresh, plan, num_items, num_rows, num_channels,
     qkv_row, a_row, b_row, gate_row, gate_head, inputs_slot, inputs_row, held_slot, held_row,

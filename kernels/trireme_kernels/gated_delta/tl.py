@@ -22,8 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from trireme_kernels.blocks import cdiv, next_power_of_2
 from trireme_kernels.case import Case
 from trireme_kernels.gated_delta.op import GatedDelta
+from trireme_kernels.jit import jit
 from trireme_kernels.upload import upload
 
 _ROWS, _BLOCK = 64, 16  # of a chunk; of its triangle, what is solved row by row
@@ -86,11 +88,11 @@ class Tiled:
             "HEADS": num_heads,
             "DK": key_dim,
             "DV": value_dim,
-            "KEYS": max(16, triton.next_power_of_2(key_dim)),
+            "KEYS": max(16, next_power_of_2(key_dim)),
             "ROWS": _ROWS,
             "PRECISION": "ieee" if q.dtype == torch.float32 or not q.is_cuda else "tf32",
         }
-        values = max(16, triton.next_power_of_2(value_dim))
+        values = max(16, next_power_of_2(value_dim))
         if num_chunks:
             _gated_delta_chunk[(num_chunks, num_heads)](
                 q,
@@ -113,7 +115,7 @@ class Tiled:
                 BLOCK=_BLOCK,
                 num_warps=4,
             )
-        _gated_delta_carry[(triton.cdiv(value_dim, _VALUES), num_heads, num_items)](
+        _gated_delta_carry[(cdiv(value_dim, _VALUES), num_heads, num_items)](
             q,
             k,
             u,
@@ -136,7 +138,7 @@ class Tiled:
         return out, final
 
 
-@triton.jit(do_not_specialize=["num_chunks"])
+@jit(do_not_specialize=["num_chunks"])
 def _gated_delta_chunk(
     q, k, v, g, beta, u, w, scores, scales, chunks, num_chunks, key_row, key_head, value_row, value_head, g_row, beta_row,
     SHARED: tl.constexpr, HEADS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr,
@@ -217,7 +219,7 @@ def _joined(whole, system, row, SPAN: tl.constexpr, PRECISION: tl.constexpr):
     return whole - _product(whole, right, PRECISION)
 
 
-@triton.jit(do_not_specialize=["num_chunks", "num_items"])
+@jit(do_not_specialize=["num_chunks", "num_items"])
 def _gated_delta_carry(
     q, k, u, w, scores, scales, initial, final, out, chunks, items, num_chunks, num_items, key_row, key_head,
     SHARED: tl.constexpr, HEADS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr,

@@ -9,8 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from trireme_kernels.blocks import cdiv, next_power_of_2
 from trireme_kernels.case import Case
 from trireme_kernels.gated_rms_norm.op import GatedRmsNorm
+from trireme_kernels.jit import jit
 from trireme_kernels.pdl import after_earlier, early
 from trireme_kernels.rms_norm.tl import scaled
 
@@ -33,15 +35,15 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tenso
     heads = x.shape[-2] if x.ndim > 2 else 1
     x, gate = x.reshape(-1, heads, dim), gate.reshape(-1, heads, dim)
     if len(x):
-        block = triton.next_power_of_2(dim)
-        together = min(triton.next_power_of_2(heads), max(1, _NUMBERS // block))
-        _gated_rms_norm_heads[(len(x), triton.cdiv(heads, together))](
+        block = next_power_of_2(dim)
+        together = min(next_power_of_2(heads), max(1, _NUMBERS // block))
+        _gated_rms_norm_heads[(len(x), cdiv(heads, together))](
             x, gate, weight, out, *x.stride()[:2], *gate.stride()[:2], heads, dim, eps, HEADS=together, BLOCK=block, **early(x)
         )
     return out
 
 
-@triton.jit
+@jit
 def _gated_rms_norm_heads(
     x, gate, weight, out, x_row, x_head, gate_row, gate_head, num_heads, dim, eps,
     HEADS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,

@@ -18,12 +18,13 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from trireme_kernels.blocks import cdiv, next_power_of_2
 from trireme_kernels.case import Case
 from trireme_kernels.grouped_mlp.op import GroupedMlp
+from trireme_kernels.jit import jit
 from trireme_kernels.pdl import after_earlier, early
 from trireme_kernels.sort_by_slot.op import Pairs
 
@@ -121,7 +122,7 @@ def product(x: Tensor, weight: Tensor, pairs: Pairs, tile: Tile, *, gated: bool)
         return out
     groups = min(num_slots, num_pairs)  # each may leave its last tile with one row
     num_tiles = (num_pairs + groups * (tile.rows - 1)) // tile.rows
-    _grouped_mlp_product[(triton.cdiv(num_columns, tile.columns), num_tiles)](
+    _grouped_mlp_product[(cdiv(num_columns, tile.columns), num_tiles)](
         x,
         weight,
         out,
@@ -134,7 +135,7 @@ def product(x: Tensor, weight: Tensor, pairs: Pairs, tile: Tile, *, gated: bool)
         *weight.stride()[:2],
         TOP_K=num_pairs // len(x) if gated else 1,
         GATED=gated,
-        SLOTS=triton.next_power_of_2(num_slots),
+        SLOTS=next_power_of_2(num_slots),
         ROWS=tile.rows,
         COLUMNS=tile.columns,
         INNER=tile.inner,
@@ -147,7 +148,7 @@ def product(x: Tensor, weight: Tensor, pairs: Pairs, tile: Tile, *, gated: bool)
     return out
 
 
-@triton.jit
+@jit
 def _grouped_mlp_product(
     x, weight, out, order, begins, num_slots, num_out, num_in, x_row, weight_slot, weight_row,
     TOP_K: tl.constexpr, GATED: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,

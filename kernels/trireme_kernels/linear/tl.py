@@ -16,7 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from trireme_kernels.blocks import cdiv
 from trireme_kernels.case import Case
+from trireme_kernels.jit import jit
 from trireme_kernels.linear.op import Linear
 from trireme_kernels.pdl import after_earlier, early
 
@@ -31,6 +33,7 @@ class _Tile(NamedTuple):
 # Up to so many rows, which are made so many: a power of two, from 16 on by matrix instructions. The best of a sweep over the products
 # of Qwen3-8B on an H100: a step's are 5.10 ms at one row (torch's 6.05), 5.59 at 16 (6.20), 5.74 at 32 (5.98).
 _TILES = ((1, _Tile(2, 2048, 4, 3)), (16, _Tile(64, 128, 4, 6)), (32, _Tile(64, 128, 4, 6)))
+_MOST_ROWS = _TILES[-1][0]
 
 
 def fits(case: Case) -> str | None:
@@ -49,15 +52,14 @@ def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None
 ) -> Tensor:  # [T, K], [N, K], [N] -> [T, N]
     num_rows, num_in = x.shape
-    num_out, dtype = len(weight), dtype or x.dtype
-    found = next(((rows, tile) for rows, tile in _TILES if num_rows <= rows), None)
-    if found is None:
+    if num_rows > _MOST_ROWS:
         return _many(x, weight, bias, dtype)
-    rows, tile = found
+    rows, tile = next((rows, tile) for rows, tile in _TILES if num_rows <= rows)
+    num_out, dtype = weight.shape[0], dtype or x.dtype
     assert x.stride(1) == 1 and weight.is_contiguous(), "rows are contiguous"
     out = torch.empty(num_rows, num_out, dtype=dtype, device=x.device)
     if out.numel():
-        _linear_columns[(triton.cdiv(num_out, tile.columns),)](
+        _linear_columns[(cdiv(num_out, tile.columns),)](
             x,
             weight,
             weight if bias is None else bias,  # an unused pointer must still be one
@@ -78,14 +80,16 @@ def linear(
     return out
 
 
-def _many(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    if dtype == x.dtype or not x.is_cuda:
+def _many(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> Tensor:
+    if dtype is None or dtype == x.dtype:
+        return F.linear(x, weight, bias)
+    if not x.is_cuda:
         return F.linear(x, weight, bias).to(dtype)
     out = torch.mm(x, weight.t(), out_dtype=dtype)
     return out if bias is None else out.add_(bias)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@jit(do_not_specialize=["num_rows"])
 def _linear_columns(
     x, weight, bias, out, num_rows, num_out, num_in, x_row,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, BIAS: tl.constexpr, WIDEN: tl.constexpr,

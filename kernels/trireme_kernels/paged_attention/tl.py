@@ -12,11 +12,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from trireme_kernels.blocks import next_power_of_2
 from trireme_kernels.case import Case
+from trireme_kernels.jit import jit
 from trireme_kernels.paged_attention.groups import cut_queries
 from trireme_kernels.paged_attention.op import PAGE, CapturedDecode, PagedAttention
 from trireme_kernels.upload import upload
@@ -49,7 +50,7 @@ class Tiled:
 
     def plan(self, query_lens: np.ndarray, kv_lens: np.ndarray, page_table: np.ndarray | Tensor) -> _Plan:
         rows = _DECODE_ROWS if np.max(query_lens, initial=0) <= 1 else _PREFILL_ROWS
-        rows = max(rows, triton.next_power_of_2(self.shared))
+        rows = max(rows, next_power_of_2(self.shared))
         blocks = np.stack(cut_queries(np.asarray(query_lens), np.asarray(kv_lens), rows // self.shared)).astype(np.int32)
         return _Plan(upload(np.asarray(page_table, np.int32), self.device), upload(blocks, self.device), rows)
 
@@ -77,7 +78,7 @@ class Tiled:
                 SHARED=self.shared,
                 WINDOW=self.window,
                 D=head_dim,
-                BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+                BLOCK_D=max(16, next_power_of_2(head_dim)),
                 ROWS=plan.tile_rows,
                 KEYS=_KEYS,
                 WIDEN=not q.is_cuda,  # the interpreter multiplies bfloat16 matrices wrongly: it holds them as integers
@@ -106,7 +107,7 @@ class _Captured:
         return self._op.run(q, k_pool, v_pool, self._plan)
 
 
-@triton.jit(do_not_specialize=["num_blocks", "table_width"])
+@jit(do_not_specialize=["num_blocks", "table_width"])
 def _paged_attention_blocks(
     q, k_pool, v_pool, out, page_table, blocks, num_blocks, table_width, scale,
     q_row, q_head, k_page, k_head, k_offset, v_page, v_head, v_offset, out_row, out_head,

@@ -11,7 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from trireme_kernels.blocks import cdiv, next_power_of_2
 from trireme_kernels.case import Case
+from trireme_kernels.jit import jit
 from trireme_kernels.pdl import after_earlier, early
 from trireme_kernels.peer_sum.op import Boxes, PeerSum, empty_key_of, empty_of
 from trireme_kernels.rms_norm.tl import normed_row
@@ -33,10 +35,10 @@ class InOneKernel:
         x = x.contiguous()
         cell = boxes.every[0].shape[-1]
         num = x.numel()
-        block = min(cell, triton.next_power_of_2(num))
+        block = min(cell, next_power_of_2(num))
         if num:
             box = boxes.every[boxes.place]
-            _peer_sum_cells[(triton.cdiv(num, block),)](
+            _peer_sum_cells[(cdiv(num, block),)](
                 x.view(box.dtype), x, num, *_of(boxes, box), EMPTY=empty_of(box.dtype), **_fixed(boxes, block, box)
             )
         return x
@@ -59,7 +61,7 @@ class InOneKernel:
                 eps,
                 *_of(boxes, box),
                 EMPTY=empty_of(box.dtype),
-                **_fixed(boxes, triton.next_power_of_2(hidden), box),
+                **_fixed(boxes, next_power_of_2(hidden), box),
             )
         return normed, total
 
@@ -71,7 +73,7 @@ class InOneKernel:
             box = bits.view(torch.int64)
             block = min(box.shape[-1], _ROWS)
             assert num <= block * box.shape[2], f"{num} rows, and {box.shape[2]} cells of {block}"
-            _peer_sum_bests[(triton.cdiv(num, block),)](
+            _peer_sum_bests[(cdiv(num, block),)](
                 values,
                 ids,
                 highest,
@@ -101,7 +103,7 @@ def _fixed(boxes: Boxes, block: int, box: Tensor) -> dict[str, int]:
     }
 
 
-@triton.jit  # `num` may be known as a multiple of 16: then rows are written in pieces of 16 bytes, else in numbers of two
+@jit  # `num` may be known as a multiple of 16: then rows are written in pieces of 16 bytes, else in numbers of two
 def _peer_sum_cells(
     bits,
     x,
@@ -132,7 +134,7 @@ def _peer_sum_cells(
     tl.store(x + at, summed.to(kind), mask=inside)
 
 
-@triton.jit
+@jit
 def _peer_sum_rows(
     bits,
     residual,
@@ -172,7 +174,7 @@ def _peer_sum_rows(
     tl.store(normed + row * hidden + column, normed_row(rounded.to(tl.float32), scale, hidden, eps, kind), mask=inside)
 
 
-@triton.jit(do_not_specialize=["num"])
+@jit(do_not_specialize=["num"])
 def _peer_sum_bests(
     values,
     ids,

@@ -5,11 +5,12 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from trireme_kernels.blocks import cdiv
 from trireme_kernels.case import Case
+from trireme_kernels.jit import jit
 from trireme_kernels.penalise.op import Penalise
 
 _BLOCK = 2048
@@ -35,7 +36,7 @@ def penalise(
     assert logits.stride(1) == prompt_mask.stride(1) == output_counts.stride(1) == 1, "rows are contiguous"
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     if num_rows:
-        _penalise_blocks[(num_rows, triton.cdiv(width, _BLOCK))](
+        _penalise_blocks[(num_rows, cdiv(width, _BLOCK))](
             logits,
             prompt_mask.view(torch.uint8),
             output_counts,
@@ -52,7 +53,7 @@ def penalise(
     return out
 
 
-@triton.jit
+@jit
 def _penalise_blocks(
     logits, prompt_mask, output_counts, repetition, presence, frequency, out,
     width, logits_row, mask_row, counts_row, BLOCK: tl.constexpr,

@@ -5,11 +5,12 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from trireme_kernels.blocks import cdiv
 from trireme_kernels.case import Case
+from trireme_kernels.jit import jit
 from trireme_kernels.pdl import after_earlier, early
 from trireme_kernels.pick_slots.op import PickSlots
 
@@ -28,7 +29,7 @@ def pick_slots(experts: Tensor, copies: Tensor, num_rows: Tensor | None, loads: 
     assert experts.is_contiguous() and copies.is_contiguous() and (loads is None or loads.is_contiguous())
     slots = torch.empty_like(experts)
     if num_choices := experts.numel():
-        _pick_slots_choices[(triton.cdiv(num_choices, _BLOCK),)](
+        _pick_slots_choices[(cdiv(num_choices, _BLOCK),)](
             experts,
             copies,
             experts if num_rows is None else num_rows,  # not read where all rows are real
@@ -45,7 +46,7 @@ def pick_slots(experts: Tensor, copies: Tensor, num_rows: Tensor | None, loads: 
     return slots
 
 
-@triton.jit(do_not_specialize=["num_choices"])
+@jit(do_not_specialize=["num_choices"])
 def _pick_slots_choices(
     experts, copies, num_rows, loads, slots, num_choices, top_k, most,
     ALL: tl.constexpr, COUNTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,

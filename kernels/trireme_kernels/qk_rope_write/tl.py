@@ -9,7 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from trireme_kernels.blocks import cdiv, next_power_of_2
 from trireme_kernels.case import Case
+from trireme_kernels.jit import jit
 from trireme_kernels.pdl import after_earlier, early
 from trireme_kernels.qk_rope_write.op import QkRopeWrite
 
@@ -39,10 +41,13 @@ def qk_rope_write(
 ) -> Tensor:  # [T, Hq, D]
     num_rows, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
-    assert all(x.stride(-1) == 1 for x in (q, k, v, cos_sin, k_pool, v_pool)), "heads are contiguous"
+    (*q_strides, q_one), (*k_strides, k_one), (*v_strides, v_one) = q.stride(), k.stride(), v.stride()
+    (*k_places, k_pool_one), (*v_places, v_pool_one) = k_pool.stride(), v_pool.stride()
+    angle_row, angle_one = cos_sin.stride()
+    assert q_one == k_one == v_one == k_pool_one == v_pool_one == angle_one == 1, "heads are contiguous"
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if num_rows:
-        q_parts, kv_parts = triton.cdiv(num_heads, _HEADS), triton.cdiv(num_kv_heads, _HEADS)
+        q_parts, kv_parts = cdiv(num_heads, _HEADS), cdiv(num_kv_heads, _HEADS)
         _qk_rope_write_heads[(num_rows, q_parts + 2 * kv_parts)](
             q,
             k,
@@ -56,12 +61,12 @@ def qk_rope_write(
             k_pool,
             v_pool,
             pages,
-            *q.stride()[:2],
-            *k.stride()[:2],
-            *v.stride()[:2],
-            cos_sin.stride(0),
-            *k_pool.stride()[:3],
-            *v_pool.stride()[:3],
+            *q_strides,
+            *k_strides,
+            *v_strides,
+            angle_row,
+            *k_places,
+            *v_places,
             HQ=num_heads,
             HK=num_kv_heads,
             Q_PARTS=q_parts,
@@ -70,9 +75,9 @@ def qk_rope_write(
             PAGE=k_pool.shape[2],
             D=head_dim,
             R=cos_sin.shape[1],
-            BLOCK=triton.next_power_of_2(cos_sin.shape[1] // 2),
-            REST=triton.next_power_of_2(max(1, head_dim - cos_sin.shape[1])),
-            BLOCK_D=triton.next_power_of_2(head_dim),
+            BLOCK=next_power_of_2(cos_sin.shape[1] // 2),
+            REST=next_power_of_2(max(1, head_dim - cos_sin.shape[1])),
+            BLOCK_D=next_power_of_2(head_dim),
             NORM_Q=q_norm is not None,
             NORM_K=k_norm is not None,
             num_warps=_WARPS,
@@ -81,7 +86,7 @@ def qk_rope_write(
     return out
 
 
-@triton.jit
+@jit
 def _qk_rope_write_heads(
     q, k, v, cos_sin, positions, q_norm, k_norm, eps, out, k_pool, v_pool, pages,
     q_row, q_head, k_row, k_head, v_row, v_head, angle_row, k_page, k_page_head, k_offset, v_page, v_page_head, v_offset,

@@ -9,7 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from trireme_kernels.blocks import next_power_of_2
 from trireme_kernels.case import Case
+from trireme_kernels.jit import jit
 from trireme_kernels.pdl import after_earlier, early
 from trireme_kernels.rms_norm.op import RmsNorm
 
@@ -26,11 +28,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # [T, H], [H] ->
     num_rows, hidden = x.shape
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if num_rows:
-        _rms_norm_rows[(num_rows,)](x, weight, out, x.stride(0), hidden, eps, BLOCK=triton.next_power_of_2(hidden), **early(x))
+        _rms_norm_rows[(num_rows,)](x, weight, out, x.stride(0), hidden, eps, BLOCK=next_power_of_2(hidden), **early(x))
     return out
 
 
-@triton.jit
+@jit
 def _rms_norm_rows(x, weight, out, row_stride, hidden, eps, BLOCK: tl.constexpr, PDL: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)

@@ -5,11 +5,12 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from trireme_kernels.blocks import cdiv, next_power_of_2
 from trireme_kernels.case import Case
+from trireme_kernels.jit import jit
 from trireme_kernels.pdl import after_earlier, early
 from trireme_kernels.route.op import Route
 
@@ -33,9 +34,9 @@ def route(logits: Tensor, top_k: int, renormalise: bool) -> tuple[Tensor, Tensor
     weights = torch.empty(num_rows, top_k, dtype=torch.float32, device=logits.device)
     ids = torch.empty(num_rows, top_k, dtype=torch.int64, device=logits.device)
     if num_rows:
-        experts = triton.next_power_of_2(num_experts)
+        experts = next_power_of_2(num_experts)
         rows = max(1, _BLOCK // experts)
-        _route_rows[(triton.cdiv(num_rows, rows),)](
+        _route_rows[(cdiv(num_rows, rows),)](
             logits,
             weights,
             ids,
@@ -46,13 +47,13 @@ def route(logits: Tensor, top_k: int, renormalise: bool) -> tuple[Tensor, Tensor
             RENORMALISE=renormalise,
             ROWS=rows,
             EXPERTS=experts,
-            CHOSEN=triton.next_power_of_2(top_k),
+            CHOSEN=next_power_of_2(top_k),
             **early(logits),
         )
     return weights, ids
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@jit(do_not_specialize=["num_rows"])
 def _route_rows(
     logits, weights, ids, num_rows, num_experts, row_stride,
     TOP_K: tl.constexpr, RENORMALISE: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr, CHOSEN: tl.constexpr,

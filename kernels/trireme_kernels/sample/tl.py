@@ -18,7 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from trireme_kernels.blocks import cdiv, next_power_of_2
 from trireme_kernels.case import Case
+from trireme_kernels.jit import jit
 from trireme_kernels.sample.op import Sample
 
 _BLOCK = 1024  # columns at a time
@@ -49,20 +51,20 @@ def sample(
     if not num_rows:
         return tokens, scores
     assert logits.stride(1) == 1 and (ids is None or ids.stride(1) == 1), "rows are contiguous"
-    num_blocks = triton.cdiv(width, _BLOCK)
-    num_parts = triton.cdiv(num_blocks, max(1, num_blocks * num_rows // _PROGRAMS))
-    part = triton.cdiv(num_blocks, num_parts) * _BLOCK
+    num_blocks = cdiv(width, _BLOCK)
+    num_parts = cdiv(num_blocks, max(1, num_blocks * num_rows // _PROGRAMS))
+    part = cdiv(num_blocks, num_parts) * _BLOCK
     best = torch.empty(num_rows, num_parts, dtype=torch.float32, device=logits.device)
     where = torch.empty(num_rows, num_parts, dtype=torch.int32, device=logits.device)
     row = logits, temperature, top_k, top_p, min_p, seeds, positions, logits if ids is None else ids, best, where
     sizes = width, num_parts, logits.stride(0), 0 if ids is None or len(ids) == 1 else ids.stride(0)
     _sample_draw[(num_rows, num_parts)](*row, *sizes, part, NAMED=ids is not None, BLOCK=_BLOCK)
-    parts = triton.next_power_of_2(num_blocks)  # the most there can be, so that all batches share one compiled kernel
+    parts = next_power_of_2(num_blocks)  # the most there can be, so that all batches share one compiled kernel
     _sample_settle[(num_rows,)](*row, tokens, scores, *sizes, NAMED=ids is not None, BLOCK=_BLOCK, PARTS=parts, num_warps=8)
     return tokens, scores
 
 
-@triton.jit(do_not_specialize=["num_parts", "part"])
+@jit(do_not_specialize=["num_parts", "part"])
 def _sample_draw(
     logits, temperature, top_k, top_p, min_p, seeds, positions, ids, best, where,
     width, num_parts, logits_row, ids_row, part, NAMED: tl.constexpr, BLOCK: tl.constexpr,
@@ -88,7 +90,7 @@ def _sample_draw(
     tl.store(where + row * num_parts + nth, column)
 
 
-@triton.jit(do_not_specialize=["num_parts"])
+@jit(do_not_specialize=["num_parts"])
 def _sample_settle(
     logits, temperature, top_k, top_p, min_p, seeds, positions, ids, best, where, tokens, scores,
     width, num_parts, logits_row, ids_row, NAMED: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,

@@ -5,11 +5,12 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from trireme_kernels.blocks import cdiv, next_power_of_2
 from trireme_kernels.case import Case
+from trireme_kernels.jit import jit
 from trireme_kernels.pdl import after_earlier, early
 from trireme_kernels.sigmoid_mul.op import SigmoidMul
 
@@ -30,14 +31,12 @@ def sigmoid_mul(x: Tensor, gate: Tensor) -> Tensor:  # [T, H, D] twice -> [T, H,
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if num_rows:
         width = num_heads * dim
-        block = min(_NUMBERS, triton.next_power_of_2(width))
-        _sigmoid_mul_blocks[(num_rows, triton.cdiv(width, block))](
-            x, gate, out, x.stride(0), gate.stride(0), width, BLOCK=block, **early(x)
-        )
+        block = min(_NUMBERS, next_power_of_2(width))
+        _sigmoid_mul_blocks[(num_rows, cdiv(width, block))](x, gate, out, x.stride(0), gate.stride(0), width, BLOCK=block, **early(x))
     return out
 
 
-@triton.jit
+@jit
 def _sigmoid_mul_blocks(x, gate, out, x_row, gate_row, width, BLOCK: tl.constexpr, PDL: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

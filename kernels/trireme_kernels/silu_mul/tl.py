@@ -5,11 +5,12 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from trireme_kernels.blocks import cdiv, next_power_of_2
 from trireme_kernels.case import Case
+from trireme_kernels.jit import jit
 from trireme_kernels.pdl import after_earlier, early
 from trireme_kernels.silu_mul.op import SiluMul
 
@@ -27,12 +28,12 @@ def silu_mul(gate_up: Tensor) -> Tensor:  # [T, 2 I] -> [T, I]
     width = columns // 2
     out = torch.empty(num_rows, width, dtype=gate_up.dtype, device=gate_up.device)
     if num_rows:
-        block = min(1024, triton.next_power_of_2(width))
-        _silu_mul_blocks[(num_rows, triton.cdiv(width, block))](gate_up, out, gate_up.stride(0), width, BLOCK=block, **early(gate_up))
+        block = min(1024, next_power_of_2(width))
+        _silu_mul_blocks[(num_rows, cdiv(width, block))](gate_up, out, gate_up.stride(0), width, BLOCK=block, **early(gate_up))
     return out
 
 
-@triton.jit
+@jit
 def _silu_mul_blocks(gate_up, out, row_stride, width, BLOCK: tl.constexpr, PDL: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

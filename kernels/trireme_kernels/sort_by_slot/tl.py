@@ -6,11 +6,12 @@ sorted in one short launch, in an order that no race decides. A last program has
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from trireme_kernels.blocks import next_power_of_2
 from trireme_kernels.case import Case
+from trireme_kernels.jit import jit
 from trireme_kernels.pdl import after_earlier, early
 from trireme_kernels.sort_by_slot.op import Pairs, SortBySlot
 
@@ -31,7 +32,7 @@ def sort_by_slot(slots: Tensor, weights: Tensor, first: int, num_slots: int, num
     order = torch.empty(num_pairs, dtype=torch.int32, device=slots.device)
     begins = torch.empty(num_slots + 1, dtype=torch.int32, device=slots.device)
     here = torch.empty_like(weights)
-    block = max(16, min(_MOST, triton.next_power_of_2(num_pairs)))
+    block = max(16, min(_MOST, next_power_of_2(num_pairs)))
     real = slots if num_rows is None else num_rows  # not read where all rows are real
     _sort_by_slot_pairs[(num_slots + 1,)](
         slots,
@@ -52,7 +53,7 @@ def sort_by_slot(slots: Tensor, weights: Tensor, first: int, num_slots: int, num
     return Pairs(order, begins, here)
 
 
-@triton.jit(do_not_specialize=["num_pairs"])
+@jit(do_not_specialize=["num_pairs"])
 def _sort_by_slot_pairs(
     slots, weights, num_rows, order, begins, here, num_pairs, top_k, first, num_slots,
     ALL: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
