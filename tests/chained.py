@@ -111,12 +111,13 @@ class Chained:
         new: dict[int, Sequence[int]],
         *,
         head_rows: Sequence[int] | None = None,
+        alone: bool = False,
         regime: Regime = Regime(),
         holds: Collection[int] = (),
         replays: Mapping[int, int] = MappingProxyType({}),
     ) -> torch.Tensor:
-        """One step: tokens that each sequence gets. Logits [rows, V] of all of them in order, or of the step's `head_rows`. The tokens
-        of sequences in `holds` may not stand: the next step says how many do, in `replays`."""
+        """One step: tokens that each sequence gets. Logits [rows, V] of all of them in order, or of the step's `head_rows`, whose
+        queries may be planned `alone`. The tokens of sequences in `holds` may not stand: the next step says how many do, in `replays`."""
         for sequence, num_rows in replays.items():
             self._lens[sequence] += num_rows
         counts = np.array([len(tokens) for tokens in new.values()], dtype=np.int32)
@@ -157,7 +158,7 @@ class Chained:
                     holds=np.array([sequence in holds for sequence in new]),
                     plans={},
                 ),
-                attend_heads=lambda: attention(deal.heads or deal),
+                attend_heads=(lambda: attention(deal.heads or deal)) if alone else None,
             )
             if came is not None:
                 assert len(came) == decoder.num_edge_rows(deal)

@@ -93,13 +93,14 @@ def test_rows_that_nobody_asks_for_stop_in_the_last_layer(family: str, plan: Pla
         chained, seen = Chained(checkpoints / family, plan), []
         for decoder in chained.decoders[-1]:
             decoder.blocks[-2].register_forward_pre_hook(lambda _, given: seen.append(sum(given[0].sizes)))  # noqa: B023
-        for ends, each, asked, rows in (
-            (([0, 30], [0, 19]), regime, [], []),
-            (([30, 39], [19, 21]), regime, [10, 0, 1, 2, 4], [45 + 20, 30, 31, 32, 34]),
-            (([39, 45], [21, 24]), Regime(sp=regime.sp), [5, 8], [44, 45 + 23]),
+        for ends, each, asked, rows, alone in (
+            (([0, 30], [0, 19]), regime, [], [], True),
+            (([30, 37], [19, 21]), regime, [8, 0, 1, 2, 4], [45 + 20, 30, 31, 32, 34], True),
+            (([37, 42], [21, 22]), regime, [5, 1, 2], [45 + 21, 38, 39], False),
+            (([42, 45], [22, 24]), Regime(sp=regime.sp), [2, 4], [44, 45 + 23], False),
         ):
             new: dict[int, Sequence[int]] = {i: prompt[slice(*end)] for i, (prompt, end) in enumerate(zip(prompts, ends, strict=True))}
-            logits = chained.forward(new, head_rows=asked, regime=each)
+            logits = chained.forward(new, head_rows=asked, alone=alone, regime=each)
             torch.testing.assert_close(logits, wanted[rows], atol=1e-4, rtol=0)
             assert max(seen, default=0) <= len(asked) <= sum(seen) and len(seen) == (plan.ranks if asked else 0)
             seen.clear()

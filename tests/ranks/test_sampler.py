@@ -128,7 +128,7 @@ def test_the_head_multiplies_few_rows_of_a_prompt_at_a_time():
         asked.append(len(rows))
         return uncut(rows @ head.T)
 
-    told = Stretch(3, 7, np.arange(50, 200), tokens, 1).describe(normed, logits)
+    told = Stretch(3, 7, np.arange(50, 200), tokens, 1).describe(normed[50:], logits)
     truth = (normed[50:] @ head.T).log_softmax(-1)
     assert [one.value for one in told.read()] == pytest.approx(truth[np.arange(150), tokens].tolist(), abs=1e-4)
     assert asked == [CHUNK, CHUNK, 150 - 2 * CHUNK]

@@ -48,6 +48,6 @@ class Batch:
     caches: Sequence[tuple[torch.Tensor, ...]]  # what each block's `keeps` asked for, by its cache number
     items: Items | None = None  # where a block keeps states
     routed: list[torch.Tensor] | None = None  # where asked for, each mixture adds its rows' experts: int16 [rows, experts of a row]
-    attend_heads: Callable[[], Mapping[int, Attend]] = dict  # `attention` of rows whose logits are asked for, planned where a block asks
+    attend_heads: Callable[[], Mapping[int, Attend]] | None = None  # `attention` of the deal's heads alone, planned where that pays
     num_sampled: int | None = None  # of the deal's heads the first so many are sampled; None: all
     num_rows: torch.Tensor | None = None  # int64 [1]: where rows of nobody fill up a CUDA graph, from which on all are nobody's

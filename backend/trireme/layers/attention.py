@@ -11,6 +11,7 @@ from trireme.core.step import Regime
 from trireme.layers.block import Block, Build, PerToken
 from trireme.layers.linear import Linear
 from trireme.layers.param import by_heads, by_rows, norm_weight
+from trireme.parallel.collectives import picked
 from trireme.parallel.context import Context
 from trireme.parallel.layout import SUM, lay
 from trireme.parallel.strips import Strips
@@ -60,25 +61,26 @@ class Attention(Block):
         return ("all_gather cp",) if regime.cp else ()
 
     def forward(self, x: Strips, batch: Batch) -> Iterator[torch.Tensor]:
-        q, gates = self.write(x, batch)
-        attention = batch.attention if x.all_go_on else batch.attend_heads()
-        rows = attention[self.window](q, *batch.caches[self.cache])
+        attend = None if x.all_go_on else batch.attend_heads  # of rows that do not go on no queries are needed either
+        q, gates = self.write(x, batch, None if attend is None else x.onward)
+        rows = (batch.attention if attend is None else attend())[self.window](q, *batch.caches[self.cache])
         for gate in gates:
             rows = self.sigmoid_mul(rows, gate)
-        return map(self.out, x.split(rows.flatten(1)))
+        return map(self.out, x.split(x.going(rows.flatten(1)) if attend is None else rows.flatten(1)))
 
-    def write(self, x: Strips, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Keep the rows' keys and values; (queries, their gates where there are any), [n, Hq, D] each, of those that go on."""
+    def write(self, x: Strips, batch: Batch, asking: torch.Tensor | slice | None = None) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Keep the rows' keys and values; (queries, their gates where there are any), [n, Hq, D] each, of the rows `asking`; None: all."""
         pools, shared = batch.caches[self.cache], batch.shared
-        if shared is None and x.all_go_on:
+        if shared is None and asking is None:
             return self._place(self.qkv.joined(x), [*self._q_heads, *self._kv_heads], batch.positions, batch.pages, pools)
         every = batch if shared is None else shared
-        products = self.qkv.parts(x.whole(), (slice(None), x.onward))
+        asking = slice(None) if asking is None else asking
+        products = self.qkv.parts(x.whole(), (slice(None), asking))
         mine = next(products)  # keys and values as they come: each rank turns and writes those of all
         with self.context.aside() as written:
             kept = mine if shared is None else self.context.all_gather(mine, shared)
             self._place(kept, [*[0] * len(self._q_heads), *self._kv_heads], every.positions, every.pages, pools)
-        placed = self._place(next(products), [*self._q_heads, 0, 0], x.going(batch.positions), x.going(batch.pages), pools)
+        placed = self._place(next(products), [*self._q_heads, 0, 0], picked(batch.positions, asking), picked(batch.pages, asking), pools)
         written.wait()
         return placed
 
