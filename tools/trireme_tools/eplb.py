@@ -82,15 +82,16 @@ def show(
     console, panels, names = Console(), {"no expert moved": [], "as it is": []}, []
     for stage in seen["stages"]:
         console.print(_headline(stage))
-        table = Table("layer", "last 10", "last 100", "last 1000", "rows", "busiest rank", "its load / mean", "a move saves", "reading")
+        lasts = (f"last\n{number}" for number in (10, 100, 1000))
+        table = Table("layer", *lasts, "rows", "busiest rank\nover mean", "a move\nsaves", "reading\nweights")
         slots = Slots(stage["num_experts"], stage["num_slots"], stage["num_ranks"])
         for layer in stage["layers"]:
             loads, map_ = np.array(layer["loads"]), layer["map"]
             ranks = rank_loads(np.array(map_), loads, slots) if map_ is not None else np.zeros(slots.num_ranks)
-            busiest = [str(ranks.argmax()), f"{ranks.max() / ranks.mean():.2f}"] if ranks.any() else ["", ""]
+            busiest = f"{ranks.argmax()}: {ranks.max() / ranks.mean():.2f} x" if ranks.any() else ""
             judged = ("" if layer[name] is None else f"{layer[name]:.0%}" for name in ("gain", "reading"))
             balances = (_figure(layer["balance"][last]) for last in ("10", "100", "1000"))
-            table.add_row(layer["layer"], *balances, str(loads.sum()), *busiest, *judged)
+            table.add_row(layer["layer"], *balances, str(loads.sum()), busiest, *judged)
             names.append(f"{stage['stage']}: {layer['layer']}" if len(seen["stages"]) > 1 else layer["layer"])
             panels["no expert moved"].append(rank_loads(trivial(slots), loads, slots))
             panels["as it is"].append(ranks)
