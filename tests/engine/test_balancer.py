@@ -18,7 +18,8 @@ from trireme.engine.placing import Slots, balance, held, trivial
 
 SLOTS = Slots(num_experts=8, num_slots=12, num_ranks=4)
 LAYERS = ("0", "1", "2", "3", "mtp")
-EXPERTS = StageExperts(LAYERS, SLOTS, expert_bytes=1 << 20, on_gpus=True)
+ROW_S = (1 << 20) / 100e12
+EXPERTS = StageExperts(LAYERS, SLOTS, expert_bytes=1 << 20, row_s=ROW_S, on_gpus=True)
 ORIGIN = Origin.of(b"{}", "tp4 ep4")
 EVEN = np.ones((len(LAYERS), 8), np.int32)  # so few rows that no move pays
 SKEWED = np.tile(np.array([90_000, 50_000, 30_000, 9000, 3000, 1000, 1000, 1000], np.int32), (len(LAYERS), 1))
@@ -125,7 +126,7 @@ def test_nothing_is_offered_before_an_interval_is_over():
 def test_only_layers_that_gain_move():
     loads = EVEN.copy()
     loads[3] = SKEWED[3]
-    stage = proven(a_stage(num_redundant_experts=0, stages=(StageExperts(LAYERS, SLOTS._replace(num_slots=8), 1 << 20),)))
+    stage = proven(a_stage(num_redundant_experts=0, stages=(StageExperts(LAYERS, SLOTS._replace(num_slots=8), 1 << 20, ROW_S),)))
     offers = [offer for _ in range(40) if (offer := stage.push(loads)).version]
     assert {layer for offer in offers for layer in offer.maps} == {3}
 
@@ -137,6 +138,21 @@ def test_a_move_must_pay():
     assert not any(stage.push(few).version for _ in range(40))
     stage = proven(a_stage(min_gain=0.9))
     assert not any(stage.push(SKEWED).version for _ in range(40))
+
+
+@pytest.mark.parametrize(("rows", "read_s", "moves"), [(1000, 0.0, True), (1000, 200 * ROW_S, False), (90_000, 200 * ROW_S, True)])
+def test_where_steps_wait_for_weights_evenness_of_rows_saves_nothing(rows, read_s, moves):
+    """Up to 100 rows of an expert in a step, or 9000, where reading it takes as long as 200 rows through it; and people see why."""
+    loads = SKEWED // (90_000 // rows)
+    stage = proven(a_stage(interval=1000, stages=(EXPERTS._replace(read_s=read_s),)))
+    offered = [offer for _ in range(150) if (offer := stage.push(loads)).version]
+    assert bool(offered) == moves
+    for layer in stage.seen()["layers"]:
+        assert (layer["balance"]["1000"] > 0.8) == moves
+        if moves:
+            assert layer["gain"] is None, "not judged since it moved"
+        else:
+            assert layer["gain"] == pytest.approx(0, abs=0.01) and layer["reading"] == 1
 
 
 @pytest.mark.parametrize("stalled_s", [0.0, 1e-4, 60.0])
@@ -236,8 +252,10 @@ def test_saved_state_goes_on(tmp_path):
     assert not a_stage().balancer.load(tmp_path / "nothing") and fresh.load(tmp_path)
     stage.balancer = fresh
     after = stage.seen()
-    same = ("version", "layers", "balance", "moved_bytes", "history", "self_test", "age_s")
+    same = ("version", "balance", "moved_bytes", "history", "self_test", "age_s")
     assert {name: after[name] for name in same} == {name: before[name] for name in same}
+    nothing_judged = {"gain": None, "reading": None}
+    assert after["layers"] == [layer | nothing_judged for layer in before["layers"]]
     assert stage.push(SKEWED) == Offer()
 
 

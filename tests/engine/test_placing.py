@@ -12,6 +12,7 @@ from trireme.engine.eplb_file import read
 from trireme.engine.placing import (
     Slots,
     balance,
+    busy_s,
     held,
     pack,
     peak,
@@ -199,3 +200,14 @@ def test_refusals():
         Slots(16, 17, 6).check()
     with pytest.raises(Refusal, match="do not nest"):
         place("hierarchical", np.ones(9), Slots(9, 9, 3, num_groups=3, num_nodes=2))
+
+
+def test_the_busiest_rank_takes_as_long_as_its_rows_or_as_the_weights_that_it_reads():
+    slots, loads, placed = Slots(4, 4, 2), np.array([30, 10, 10, 10]), np.arange(4)
+    one, ten = np.array([1]), np.array([10])
+    assert busy_s(placed, loads, one, slots, 1.0, 2.0) == pytest.approx(40)
+    assert busy_s(placed, loads, one, slots, 1.0, 50.0) == pytest.approx(2 * 50, rel=1e-4)
+    few = 2 * 10 * 50 * (1 - np.exp(-1))  # of the rank whose experts have a row in a step
+    assert busy_s(placed, np.array([10, 10, 0, 0]), ten, slots, 1.0, 50.0) == pytest.approx(few)
+    halves = np.stack([loads, loads[::-1]])  # the busiest of each window
+    assert busy_s(placed, halves, np.array([1, 1]), slots, 1.0, 2.0) == pytest.approx(2 * 40)

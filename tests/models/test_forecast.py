@@ -93,6 +93,18 @@ def test_a_decode_step_reads_and_writes_states():
     assert two.decode_s - one.decode_s == pytest.approx((1000 * rank.kv_per_token + 2 * rank.state + LOGITS) / 3.35e12, rel=1e-6)
 
 
+def test_redundant_experts_are_read_in_decodes():
+    """Qwen3-30B-A3B on two ranks: with 32 copies each reads 16 experts more in each of 48 layers, where rows touch them all; a step of
+    an H100 took 2.4 ms longer so (tools/measurements/2026-11-22-h100s.md)."""
+    sizes = {"tensor_parallel_size": 2, "expert_parallel_size": 2}
+    demand = Demand(context=1024, requests=256, output=512)
+    plain = predict(QWEN3_30B, demand, **sizes, eplb={})
+    copies = predict(QWEN3_30B, demand, **sizes, eplb={"num_redundant_experts": 32})
+    num_bytes = 48 * 16 * 3 * 2048 * 768 * 2
+    assert copies.redundant_s == pytest.approx(num_bytes / (H100.bandwidth * H100.reach.bandwidth), rel=1e-3)
+    assert copies.decode_s == pytest.approx(plain.decode_s + copies.redundant_s) and plain.redundant_s == 0
+
+
 def test_the_stage_with_least_room_counts():
     held = predict(LLAMA_70B, pipeline_parallel_size=4, layer_cut=[17, 17, 17, 29])
     assert held.fullest.stage == 3

@@ -1,14 +1,17 @@
 """Sizes that are captured, what memory is dealt out to, and a clear word where it holds no page."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from trireme.core.control import Join
 from trireme.core.refusal import Refusal
 from trireme.core.settings import make_settings
 from trireme.layers.block import PerRequest, PerToken
-from trireme.ranks import memory
+from trireme.ranks import duty, memory
 from trireme.ranks.graphs import buckets
-from trireme.ranks.memory import Room, Sizes, check_states, find_room, num_pages, num_snapshots, stock
+from trireme.ranks.memory import Room, Sizes, check_states, find_room, num_pages, num_snapshots, stock, unstock
 
 
 @pytest.mark.parametrize(
@@ -133,6 +136,41 @@ def test_steps_that_grow_take_no_memory_anew():
         wide = torch.empty(8 * rows.numel(), dtype=torch.uint8, device=device)
         del rows, wide
     assert torch.cuda.memory_stats(device)["num_device_alloc"] == taken
+
+
+@pytest.mark.gpu
+def test_what_an_epoch_keeps_is_not_cut_out_of_what_steps_compute_in():
+    """Of three epochs with boxes of 8 MiB, which a rank that was killed never counted off."""
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    device, mib, boxes, reserved = torch.device("cuda"), 1 << 20, [], []
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved(device)
+    for _ in range(3):
+        unstock(device)
+        boxes.append(torch.zeros(8 * mib, dtype=torch.uint8, device=device))
+        stock(Room(0, total=GIB, activations=256 * mib), 64 * mib, device)
+        reserved.append(torch.cuda.memory_reserved(device) - before)
+    assert reserved[-1] <= (256 + 128 + 64 + 3 * 20) * mib, "one block, and a small one for each box"
+
+
+def test_an_epoch_begins_with_room_for_its_groups(monkeypatch):
+    done = []
+    runner = SimpleNamespace(
+        collectives=None,
+        hidden=8,
+        dtype=torch.float32,
+        map_version=0,
+        leave=lambda: done.append("leave"),
+        settle_maps=lambda version: None,
+        make_way=lambda: done.append("make way"),
+        begin=lambda link, give_up: done.append(f"begin {link}"),
+        find_sp_from=lambda give_up: None,
+    )
+    monkeypatch.setattr(duty, "form_link", lambda *args, **named: done.append("form") or "link")
+    brief = SimpleNamespace(settings=make_settings({"model": "m"}), stage=0, rank=0)
+    duty.Duty(brief, SimpleNamespace(waiting=lambda: False), runner)._join(Join(1, "store"))
+    assert done == ["leave", "make way", "form", "begin link"]
 
 
 def test_no_more_is_stocked_than_is_free(monkeypatch):

@@ -93,7 +93,7 @@ def test_what_the_service_says(two_stages):
 
 def test_its_picture_is_drawn(two_stages, tmp_path, capsys):
     show(f"http://127.0.0.1:{two_stages.http}", output=tmp_path / "live.png")
-    assert (tmp_path / "live.png").read_bytes().startswith(b"\x89PNG") and "last 1000" in capsys.readouterr().out
+    assert (tmp_path / "live.png").read_bytes().startswith(b"\x89PNG") and "over mean" in capsys.readouterr().out
 
 
 def test_serving_goes_on_without_the_service(two_stages, prompts, expected):

@@ -28,7 +28,9 @@ LOADS = (1e6 / np.arange(1, 65)).astype(np.int32)
 @pytest.fixture
 def served() -> Balancer:
     """A service with two layers of a stage that pushed a few times, and took nothing."""
-    balancer = Balancer(Eplb(num_redundant_experts=16), [StageExperts(("3", "mtp"), SLOTS, 1 << 20)], Origin.of(b"{}", "ep4"), now=0.0)
+    balancer = Balancer(
+        Eplb(num_redundant_experts=16), [StageExperts(("3", "mtp"), SLOTS, 1 << 20, row_s=1e-8)], Origin.of(b"{}", "ep4"), now=0.0
+    )
     balancer.recorder.start("per_pass")
     for number in range(5):
         balancer.push(Push(0, number, 0, np.stack([LOADS, LOADS[::-1]]).tobytes(), moved_bytes=1 << 20), float(number))

@@ -73,7 +73,8 @@ def show(
     output: Annotated[Path, typer.Option(help="Where to draw the loads of ranks.")] = Path("build/eplb/live.png"),
 ) -> None:
     """Show a live server's maps: balance of each layer, versions, and the loads of ranks as they are and as they would be if no
-    expert had moved."""
+    expert had moved. What a move saves is predicted, as a part of the time of the busiest rank's experts, and so is the part that
+    reading the weights of its slots takes in any case: all of it in decodes of few rows, where a move saves nothing."""
     seen = ask(url, model)
     if raw:
         print(json.dumps(seen, indent=1))
@@ -81,13 +82,16 @@ def show(
     console, panels, names = Console(), {"no expert moved": [], "as it is": []}, []
     for stage in seen["stages"]:
         console.print(_headline(stage))
-        table = Table("layer", "last 10", "last 100", "last 1000", "rows", "busiest rank", "its load / mean")
+        lasts = (f"last\n{number}" for number in (10, 100, 1000))
+        table = Table("layer", *lasts, "rows", "busiest rank\nover mean", "a move\nsaves", "reading\nweights")
         slots = Slots(stage["num_experts"], stage["num_slots"], stage["num_ranks"])
         for layer in stage["layers"]:
             loads, map_ = np.array(layer["loads"]), layer["map"]
             ranks = rank_loads(np.array(map_), loads, slots) if map_ is not None else np.zeros(slots.num_ranks)
-            busiest = [str(ranks.argmax()), f"{ranks.max() / ranks.mean():.2f}"] if ranks.any() else ["", ""]
-            table.add_row(layer["layer"], *(_figure(layer["balance"][last]) for last in ("10", "100", "1000")), str(loads.sum()), *busiest)
+            busiest = f"{ranks.argmax()}: {ranks.max() / ranks.mean():.2f} x" if ranks.any() else ""
+            judged = ("" if layer[name] is None else f"{layer[name]:.0%}" for name in ("gain", "reading"))
+            balances = (_figure(layer["balance"][last]) for last in ("10", "100", "1000"))
+            table.add_row(layer["layer"], *balances, str(loads.sum()), busiest, *judged)
             names.append(f"{stage['stage']}: {layer['layer']}" if len(seen["stages"]) > 1 else layer["layer"])
             panels["no expert moved"].append(rank_loads(trivial(slots), loads, slots))
             panels["as it is"].append(ranks)

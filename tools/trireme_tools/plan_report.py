@@ -29,6 +29,9 @@ def show(spec: Spec, device: Device, found: Survey, limit: int) -> None:
     console.print(_plans(device, options[:limit]))
     if not best.forecast.fits:
         console.print(f"No plan fits; {best.plan} comes nearest.")
+    elif best.forecast.redundant_s > 0:
+        took = f"{1e3 * best.forecast.redundant_s:.1f} of {1e3 * best.forecast.decode_s:.1f} ms"
+        console.print(f"{best.plan}: reading redundant experts takes {took} between two tokens, which evenness of rows must bring back.")
     if len(options) > limit:
         console.print(f"{len(options) - limit} more with --limit, every variant with --json.", style="dim")
     if found.refused:
@@ -150,6 +153,7 @@ def _option(option: Option) -> dict[str, Any]:
         "state_bytes_per_sequence": predicted.state_bytes,
         "predicted_prefill_s": predicted.prefill_s,
         "predicted_decode_s": predicted.decode_s,
+        "predicted_redundant_s": predicted.redundant_s,
         "predicted_tokens_per_s": predicted.tokens_per_s,
         "ranks": [_rank(rank) for rank in predicted.ranks],
     }

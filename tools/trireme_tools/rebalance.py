@@ -73,6 +73,8 @@ def bench(
         output.write_text(json.dumps(report, indent=1) + "\n")
         plot_steps(steps, _LONG, picture)
         _show_longest(console, name, reports[name])
+    if not any(stage["moves"] for stage in reports["moving"]["stages"]):
+        console.print("No experts moved: it would have saved too little. With --eplb-min-gain 0 they move all the same.")
     _show(console, reports)
     console.print(f"written: {output}, {picture}")
 

@@ -20,13 +20,11 @@ from trireme.core.told import COLUMNS
 from trireme.engine import eplb_file
 from trireme.engine.eplb_file import Contents, Origin
 from trireme.engine.loads import WINDOWS, LoadWindows, Recorder
-from trireme.engine.placing import Slots, balance, held, peak, place, rank_loads, received, trivial
+from trireme.engine.placing import Slots, balance, busy_s, held, place, rank_loads, received, trivial
 
-# What decides whether a move pays. An expert of B bytes in 16 bits has B / 2 numbers and costs B operations a row: at these rates,
-# moving one takes as long as 4,000 rows through it, whatever its size.
+# What decides whether a move pays, beside what a stage's experts take.
 _BYTES_PER_S = 25e9  # from rank to rank: PCIe 4.0 x16, the slowest way between GPUs of a host; until moves have made steps wait
 _MOVES = 8  # the latest, by which their way is judged
-_FLOPS = 100e12  # that grouped products of small steps reach
 
 _PATIENCE_S = 60.0  # after which an offer without an answer is made once more
 _SAVED_PUSHES = 100
@@ -39,6 +37,8 @@ class StageExperts(NamedTuple):
     layers: tuple[str, ...]  # their names in metrics, in the order of Push.loads: "0", "1", ..., "mtp"
     slots: Slots
     expert_bytes: int  # what a rank receives for one expert
+    row_s: float = 0.0  # a row through an expert; as a data sheet has it
+    read_s: float = 0.0  # an expert's weights, read by a step that has any rows for it
     num_chosen: int = 1  # experts of a row
     on_gpus: bool = False  # what steps wait on CPUs says nothing of what they would save on GPUs
 
@@ -142,6 +142,13 @@ class Balancer:
         return {"settings": eplb, "origin": self._origin._asdict(), "recording": self.recorder.query(), "stages": stages}
 
 
+class _Judged(NamedTuple):
+    """What a look found of a layer, as parts of the busiest rank's time; predicted."""
+
+    gain: float  # that the best map would save
+    reading: float  # that reading the weights of its slots takes in any case: of 1, no evenness of rows saves anything
+
+
 class _Offered(NamedTuple):
     """Maps that a stage was offered and has not said that it has."""
 
@@ -170,6 +177,7 @@ class _Stage:
         self._offered: _Offered | None = None
         self._owed: dict[int, np.ndarray] = {}
         self._queue: deque[int] = deque()  # layers that the look has still to judge
+        self._judged: dict[int, _Judged] = {}  # by layer, lately
         self._moves: deque[tuple[float, float]] = deque(maxlen=_MOVES)  # bytes that came to the busiest rank, seconds in which steps waited
         self._waited_s = 0.0  # that steps did for the maps that are offered
         self._steps = 0  # since the last look
@@ -209,6 +217,7 @@ class _Stage:
             before, self._maps[layer] = self._maps[layer].copy(), np.frombuffer(packed, np.int32)
             num_came += int(received(before, self._maps[layer], self.experts.slots).max())
             self._known[layer] = True
+            self._judged.pop(layer, None)
             if self._owed.pop(layer, None) is None and offered.reason == "self-test":
                 self._owed[layer] = before
         if not self._owed or offered.reason == "balance":
@@ -270,7 +279,7 @@ class _Stage:
     @property
     def _span(self) -> int:
         """Pushes that an interval has, of those numbers that are kept."""
-        each = max(1, self.windows.num_steps(1))
+        each = max(1, int(self.windows.num_steps(1).sum()))
         return next((last for last in WINDOWS if last * each >= self._eplb.interval), WINDOWS[-1])
 
     def _lost(self, layer: int, loads: np.ndarray) -> float:
@@ -283,11 +292,10 @@ class _Stage:
     def _look(self) -> dict[int, np.ndarray]:
         """The next few layers of the queue that are worth a move, with their maps."""
         found: dict[int, np.ndarray] = {}
-        windows = self.windows.recent(self._span)
-        steps = self.windows.num_steps(self._span)
+        windows, num_steps = self.windows.recent(self._span), self.windows.num_steps(self._span)
         for _ in range(min(len(self._queue), 2 * self._eplb.layers_per_step)):
             layer = self._queue.popleft()
-            new = self._judge(layer, windows[:, layer], self._eplb.interval / max(1, steps))
+            new = self._judge(layer, windows[:, layer], num_steps)
             if new is not None:
                 found[layer] = new
             if len(found) == self._eplb.layers_per_step:
@@ -301,19 +309,22 @@ class _Stage:
         came, seconds = map(sum, zip(*self._moves, strict=True)) if self._moves else (0, 0)
         return came / seconds if came else _BYTES_PER_S
 
-    def _judge(self, layer: int, windows: np.ndarray, intervals: float) -> np.ndarray | None:
-        """A map that saves enough of a layer's time, or None, by loads [W, experts] that make 1 / `intervals` intervals. Where
-        min_gain is 0 or less every layer moves at every look, if only two slots for each other: a drill, as tests want it."""
-        slots, old = self.experts.slots, self._maps[layer]
+    def _judge(self, layer: int, windows: np.ndarray, num_steps: np.ndarray) -> np.ndarray | None:
+        """A map that saves enough of a layer's time, or None, by loads [W, experts] of so many steps each [W]. Where min_gain is 0 or
+        less every layer moves at every look, if only two slots for each other: a drill, as tests want it."""
+        slots, old, row_s, read_s = self.experts.slots, self._maps[layer], self.experts.row_s, self.experts.read_s
         if not self._known[layer]:
             return place(self._eplb.policy, windows, slots)
         new = place(self._eplb.policy, windows, slots, old)
+        before, after = (busy_s(map_, windows, num_steps, slots, row_s, read_s) for map_ in (old, new))
+        if before > 0:
+            reading = busy_s(old, windows, num_steps, slots, 0.0, read_s)
+            self._judged[layer] = _Judged(1 - after / before, reading / before)
         if self._eplb.min_gain <= 0:
             return new if (new != old).any() else exchange(old, slots)
-        before, after = peak(old, windows, slots), peak(new, windows, slots)
         if before <= 0 or 1 - after / before <= self._eplb.min_gain:
             return None
-        saved_s = (before - after) * intervals * self.experts.expert_bytes / _FLOPS
+        saved_s = (before - after) * self._eplb.interval / max(1, int(num_steps.sum()))
         cost_s = received(old, new, slots).max() * self.experts.expert_bytes / self._bytes_per_s
         return new if saved_s > cost_s else None
 
@@ -335,7 +346,8 @@ class _Stage:
         return {"maps": self._maps, "known": self._known, "recent": self.windows.recent(_SAVED_PUSHES)}
 
     def notes(self) -> dict[str, Any]:
-        each = max(1, self.windows.num_steps(_SAVED_PUSHES) // max(1, min(_SAVED_PUSHES, self.windows.num_pushes)))
+        steps = self.windows.num_steps(_SAVED_PUSHES)
+        each = max(1, int(steps.sum()) // max(1, len(steps)))
         totals = {"moved_bytes": self._moved_bytes, "stalled_s": self._stalled_s, "num_faults": self._num_faults}
         return {"version": self._version, "self_test": self._self_test, "num_steps": each, "changed_at": self._changed_at} | totals
 
@@ -365,6 +377,7 @@ class _Stage:
                 "loads": loads[layer].tolist(),
                 "rank_loads": rank_loads(self._maps[layer], loads[layer], slots).tolist() if known[layer] else None,
                 "balance": balances([layer]),
+                **(self._judged[layer]._asdict() if layer in self._judged else dict.fromkeys(_Judged._fields)),
             }
             for layer, name in enumerate(names)
         ]

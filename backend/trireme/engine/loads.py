@@ -51,9 +51,9 @@ class LoadWindows:
         """int32 [pushes, layers, experts]: up to `last` pushes, the newest last."""
         return self._ring[self._rows(last)]
 
-    def num_steps(self, last: int) -> int:
-        """Steps that these pushes sum up."""
-        return int(self._steps[self._rows(last)].sum())
+    def num_steps(self, last: int) -> np.ndarray:
+        """Steps that each of these pushes sums up, int64 [pushes]."""
+        return self._steps[self._rows(last)]
 
     def _rows(self, last: int) -> np.ndarray:
         size = len(self._ring)

@@ -91,6 +91,20 @@ def peak(placed: np.ndarray, windows: np.ndarray, slots: Slots) -> float:
     return float(rank_loads(placed, np.atleast_2d(windows), slots).max(axis=-1).sum())
 
 
+def busy_s(placed: np.ndarray, windows: np.ndarray, num_steps: np.ndarray, slots: Slots, row_s: float, read_s: float) -> float:
+    """Seconds of the busiest rank, by whichever takes longer, its rows or the weights that it reads for them, summed over windows
+    [W, num_experts] of so many steps each [W]: a row through an expert takes row_s, and reading an expert once read_s. A slot is read
+    in a step that has rows for it: of n rows a step on the mean, 1 - exp(-n) of all steps.
+
+    Two ranks of two slots, loads [30, 10, 10, 10] of one step, row_s 1, read_s 2: rank 0 has 40 rows; with read_s 50 all read two slots.
+    """
+    windows = np.atleast_2d(windows)
+    num_steps, has = np.maximum(num_steps, 1)[:, None], held(placed, slots)
+    shares = windows / has.sum(axis=0)
+    reads = num_steps * -np.expm1(-shares / num_steps)
+    return float(np.maximum(row_s * (shares @ has.T), read_s * (reads @ has.T)).max(axis=-1).sum())
+
+
 def place(policy: Policy, windows: np.ndarray, slots: Slots, current: np.ndarray | None = None) -> np.ndarray:
     """Loads of recent windows [W, num_experts] -> int32 [num_slots], never worse than the trivial map, and as near to `current` as
     renaming ranks and slots can make it.

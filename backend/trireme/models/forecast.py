@@ -83,6 +83,7 @@ class Forecast:
     demand: Demand
     prefill_s: float = 0.0  # until the first token of a request alone
     decode_s: float = 0.0  # between two tokens of a request among `concurrent`
+    redundant_s: float = 0.0  # of decode_s, by redundant experts: their weights are read as well
     tokens_per_s: float = 0.0  # answered to all, their prefills included
 
     @property
@@ -155,19 +156,23 @@ def forecast(spec: Spec, plan: Plan, settings: Settings, device: Device, demand:
     num_chunks = ceil(demand.prompt / settings.max_num_batched_tokens)
     chunk = ceil(demand.prompt / num_chunks)
     regime = Regime.of([chunk], settings.sp_from, plan.cp)
-    clock = _Clock(spec, plan, device, item_bytes)
+    clock, plain = (_Clock(spec, each, device, item_bytes) for each in (plan, replace(plan, num_redundant_experts=0)))
     chunk_s = [clock.step(stage, chunk, 1, demand.prompt // 2, regime) for stage in range(plan.pp)]
     prefill_s = sum(chunk_s) + (num_chunks - 1) * max(chunk_s)
 
     num_steps = min(plan.pp, held.concurrent)
     rows = ceil(held.concurrent / num_steps)
     regime = Regime.of([1] * rows, settings.sp_from, plan.cp)
-    step_s = [clock.step(stage, rows, rows, demand.context, regime) for stage in range(plan.pp)]
     hops_s = plan.pp * device.reach.hop_s
-    decode_s = max(sum(step_s) + hops_s, num_steps * max(step_s))
 
+    def token_s(clock: _Clock) -> float:
+        step_s = [clock.step(stage, rows, rows, demand.context, regime) for stage in range(plan.pp)]
+        return max(sum(step_s) + hops_s, num_steps * max(step_s))
+
+    decode_s, plain_s = token_s(clock), token_s(plain)
     busy_s = num_chunks * max(chunk_s) + demand.output * decode_s / held.concurrent  # that a request takes of the whole
-    return replace(held, prefill_s=prefill_s + hops_s, decode_s=decode_s, tokens_per_s=demand.output / busy_s)
+    times = {"prefill_s": prefill_s + hops_s, "decode_s": decode_s, "redundant_s": decode_s - plain_s}
+    return replace(held, **times, tokens_per_s=demand.output / busy_s)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ class Span(NamedTuple):
         return tuple(range(first, first + self.high, self.low))
 
 
-class Group(NamedTuple):
+class RankGroup(NamedTuple):
     """Ranks that speak together. The name is the same on all of them, and no other group's."""
 
     name: str
@@ -79,20 +79,20 @@ class Mesh:
         """A world rank's number along an axis."""
         return self.spans[axis].place(rank)
 
-    def group(self, axis: str, rank: int) -> Group:
+    def group(self, axis: str, rank: int) -> RankGroup:
         """The group of an axis that a world rank is in."""
         return self.group_of(self.spans[axis], rank)
 
-    def group_of(self, span: Span, rank: int) -> Group:
+    def group_of(self, span: Span, rank: int) -> RankGroup:
         ranks = span.members(rank)
-        return Group(f"{self.name_of(span)}.{ranks[0]}", ranks)
+        return RankGroup(f"{self.name_of(span)}.{ranks[0]}", ranks)
 
-    def groups(self, axis: str) -> list[Group]:
+    def groups(self, axis: str) -> list[RankGroup]:
         """All groups of an axis; together they are the world."""
         firsts = (rank for rank in range(self.plan.world) if self.place(axis, rank) == 0)
         return [self.group(axis, rank) for rank in firsts]
 
-    def every_group(self) -> list[Group]:
+    def every_group(self) -> list[RankGroup]:
         """All groups of all axes, one that is of several axes once."""
         return list(dict.fromkeys(group for axis in self.axes for group in self.groups(axis)))
 

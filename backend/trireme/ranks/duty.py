@@ -146,6 +146,7 @@ class Duty:
     def _join(self, join: Join) -> Joined:
         self._leave("another was joined")  # before anything else: another stage may be waiting in a group of the old epoch
         self._runner.settle_maps(join.map_version)
+        self._runner.make_way()
         link = form_link(
             self._settings,
             self._runner.collectives,

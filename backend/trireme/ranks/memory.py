@@ -150,6 +150,13 @@ def stock(room: Room, edge_bytes: int, device: torch.device) -> None:
         torch.empty(num_bytes, dtype=torch.uint8, device=device)
 
 
+def unstock(device: torch.device) -> None:
+    """Give back what nobody uses. Before an epoch's groups are formed: boxes that they have until its end would be cut out of the block,
+    which then is not whole, and another one would be taken."""
+    if device.type != "cpu":
+        torch.cuda.empty_cache()
+
+
 def _peak(compute: Callable[[], None], device: torch.device) -> int:
     """Bytes that are allocated at its height. The first time, which loads kernels and makes workspaces that stay, does not count."""
     compute()

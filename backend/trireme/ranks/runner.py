@@ -30,7 +30,7 @@ from trireme.ranks.drafter import Drafter
 from trireme.ranks.fed import FedTokens
 from trireme.ranks.graphs import Graph, Graphs, Record, Recorder, shapes, why_none
 from trireme.ranks.logprobs import CHUNK, Prompts, Stretch
-from trireme.ranks.memory import Sizes, check_states, find_room, num_pages, num_snapshots, stock
+from trireme.ranks.memory import Sizes, check_states, find_room, num_pages, num_snapshots, stock, unstock
 from trireme.ranks.mixtures import Mixtures
 from trireme.ranks.regimes import find_sp_from, largest_steps
 from trireme.ranks.routed import asked_rows, tell_routed
@@ -91,6 +91,10 @@ class Runner:
         self._chains: Chains | None = None
         self._why_no_graphs = why_none(settings, decoder, device)
         self._make_room(max_model_len, progress)
+
+    def make_way(self) -> None:
+        """For the groups of an epoch, before they are formed."""
+        unstock(self._device)
 
     @torch.inference_mode()
     def begin(self, link: Link, give_up: Callable[[], bool] = lambda: False) -> None:

@@ -20,7 +20,9 @@ from trireme.engine.eplb_file import Origin
 from trireme.engine.loads import Mode
 from trireme.engine.placing import Slots, trivial
 from trireme.models.cost import Kind, Shares, layer_params
+from trireme.models.hardware import DEVICES
 from trireme.models.spec import ITEM_BYTES, Spec, read_spec
+from trireme.models.work import Work
 from trireme.parallel.plan import Plan
 
 _SAVE_EVERY_S = 60.0
@@ -30,7 +32,7 @@ _VIEWS = {  # of a stage, by query; history and what a recorder does are their o
     "balance": ("version", "balance", "age_s", "moved_bytes", "stalled_s", "self_test", "num_faults", "last_fault"),
     "history": ("version", "history"),
 }
-_LAYER_VIEWS = {"map": ("map",), "loads": ("loads", "rank_loads"), "balance": ("balance",)}
+_LAYER_VIEWS = {"map": ("map",), "loads": ("loads", "rank_loads"), "balance": ("balance", "gain", "reading")}
 
 
 class Balancing:
@@ -42,8 +44,7 @@ class Balancing:
         self._log = logger("eplb")
         self._lock = threading.Lock()
         self._folder = Path(eplb.state) if eplb.state else None
-        on_gpus, origin = place_ranks(settings) is not None, origin_of(settings, spec)
-        stages = [experts._replace(on_gpus=on_gpus) for experts in experts_of(settings, spec)]
+        stages, origin = experts_of(settings, spec), origin_of(settings, spec)
         self._balancer = self._begin(eplb, stages, origin)
         self._saved_at = time.monotonic()
         self._saved_commits = self._balancer.num_commits
@@ -127,7 +128,11 @@ def experts_of(settings: Settings, spec: Spec) -> list[StageExperts]:
     names = [[str(layer) for layer in plan.layers(stage) if spec.sparse[layer]] for stage in range(plan.pp)]
     if plan.mtp and spec.sparse[-1]:
         names[-1].append("mtp")
-    return [StageExperts(tuple(layers), slots, expert * item_bytes, spec.num_experts_per_tok) for layers in names]
+    on_gpus = place_ranks(settings) is not None
+    device = DEVICES["H100" if on_gpus else "CPU"]  # what GPU it is this process cannot see; others' rates have nearly the same ratio
+    row_s = Work(2 * expert, 0).seconds(device, item_bytes)
+    read_s = Work(0, expert * item_bytes).seconds(device, item_bytes) if on_gpus else 0.0  # of a CPU only the order of magnitude is known
+    return [StageExperts(tuple(layers), slots, expert * item_bytes, row_s, read_s, spec.num_experts_per_tok, on_gpus) for layers in names]
 
 
 def first_maps(settings: Settings, spec: Spec) -> list[dict[int, np.ndarray]]:
