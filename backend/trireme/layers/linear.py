@@ -1,4 +1,4 @@
-"""Linear: rows times a weight, in the form in which this device multiplies fastest."""
+"""Linear: rows times a weight, in the form in which this device multiplies fastest. Gated: one half of the columns gates the other."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from trireme.layers.block import Build
-from trireme.layers.param import Cut, Param
+from trireme.layers.param import Cut, Param, by_columns
 from trireme.parallel.collectives import picked
 from trireme.parallel.strips import Strips, joined
 
@@ -96,3 +96,19 @@ class Linear(nn.Module):
             return torch.ops.mkldnn._linear_pointwise(x, self._packed, bias, "none", [], "")
         padded = F.pad(x, (0, 0, 0, _MIN_PACKED_ROWS - num_rows))
         return torch.ops.mkldnn._linear_pointwise(padded, self._packed, bias, "none", [], "")[:num_rows]
+
+
+class GatedLinear(Linear):
+    """x [T, in] -> silu(gates) * ups [T, width], gates and ups being the halves of one product."""
+
+    def __init__(self, build: Build, width: int, num_in: int, axis: str | None, *, bias: bool = False):
+        super().__init__(build, 2 * width, num_in, by_columns(axis, width, width), bias=bias)
+        width = self.weight.shape[0] // 2
+        self._swiglu = build.choices("swiglu", num_in=self.weight.shape[1], intermediate=width)
+        self._silu_mul = build.choices("silu_mul", intermediate=width)
+
+    def forward(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        assert dtype in (None, x.dtype), "a gate gives what it gets"
+        if self._packed is not None:
+            return self._silu_mul(super().forward(x))
+        return self._swiglu(x, self.weight, self.bias)

@@ -8,8 +8,8 @@ import torch
 
 from trireme.core.batch import Batch
 from trireme.layers.block import Block, Build
-from trireme.layers.linear import Linear
-from trireme.layers.param import by_columns, by_rows, norm_weight
+from trireme.layers.linear import GatedLinear, Linear
+from trireme.layers.param import by_rows, norm_weight
 from trireme.parallel.layout import SUM, lay
 from trireme.parallel.strips import Strips
 
@@ -23,9 +23,8 @@ class GatedMlp(Block):
         super().__init__(f"layers.{layer}.mlp")
         hidden, intermediate = build.spec.hidden, build.spec.intermediate
         self.norm = norm_weight(build, hidden)
-        self.gate_up = Linear(build, 2 * intermediate, hidden, by_columns("tp", intermediate, intermediate), bias=bias)
+        self.gate_up = GatedLinear(build, intermediate, hidden, "tp", bias=bias)
         self.down = Linear(build, hidden, intermediate, by_rows("tp", intermediate), bias=bias)
-        self.silu_mul = build.choices("silu_mul", intermediate=intermediate)
 
     def forward(self, x: Strips, batch: Batch) -> Iterator[torch.Tensor]:
-        return (self.down(self.silu_mul(self.gate_up(rows))) for rows in x)
+        return (self.down(self.gate_up(rows)) for rows in x)

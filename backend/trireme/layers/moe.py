@@ -12,7 +12,7 @@ from torch import nn
 from trireme.core.batch import Batch
 from trireme.core.step import Regime
 from trireme.layers.block import Block, Build
-from trireme.layers.linear import Linear
+from trireme.layers.linear import GatedLinear, Linear
 from trireme.layers.param import Param, by_columns, by_rows, by_slots, norm_weight
 from trireme.parallel.experts import Dispatched, Ops, make_strategy
 from trireme.parallel.placement import Placement
@@ -141,12 +141,11 @@ class SharedExpert(nn.Module):
         hidden, width = build.spec.hidden, build.spec.shared_intermediate
         place, size = build.place(axis)
         cut = axis if width % size == 0 else None
-        self.gate_up = Linear(build, 2 * width, hidden, by_columns(cut, width, width))
+        self.gate_up = GatedLinear(build, width, hidden, cut)
         self.down = Linear(build, hidden, width, by_rows(cut, width))
         self.gate = Param(build, (1, hidden))
-        self.silu_mul = build.choices("silu_mul", intermediate=width)
         self._adds = cut is not None or place == 0
 
     def forward(self, x: torch.Tensor) -> Shared | None:
         """x [T, H] -> what combine_experts adds, or what this rank owes of it."""
-        return Shared(self.down(self.silu_mul(self.gate_up(x))), x, self.gate) if self._adds else None
+        return Shared(self.down(self.gate_up(x)), x, self.gate) if self._adds else None

@@ -120,8 +120,8 @@ def _linear_columns(
         for start in tl.range(INNER, num_in, INNER, num_stages=STAGES):
             inside = inner < num_in - start
             left = tl.load(line + start, mask=inside[None, :], other=0.0)
-            total = _product(left, tl.load(rows + start, mask=inside[:, None], other=0.0), total, WIDEN)
-        total = _product(first, tl.load(rows, mask=(inner < num_in)[:, None], other=0.0), total, WIDEN)
+            total = product(left, tl.load(rows + start, mask=inside[:, None], other=0.0), total, WIDEN)
+        total = product(first, tl.load(rows, mask=(inner < num_in)[:, None], other=0.0), total, WIDEN)
         if BIAS:
             total += tl.load(bias + column, mask=real, other=0.0).to(tl.float32)[:, None]
         target = out + row.to(tl.int64)[None, :] * num_out + column[:, None]
@@ -129,7 +129,7 @@ def _linear_columns(
 
 
 @triton.jit
-def _product(left, right, total, WIDEN: tl.constexpr):
+def product(left, right, total, WIDEN: tl.constexpr):
     if WIDEN:
         left, right = left.to(tl.float32), right.to(tl.float32)
     return tl.dot(left, right, total, input_precision="ieee")

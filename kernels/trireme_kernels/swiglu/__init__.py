@@ -1,0 +1,1 @@
+"""swiglu: the gated half of an MLP."""
