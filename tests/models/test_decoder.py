@@ -11,6 +11,7 @@ from chained import Chained, build_decoder
 from tiny import HYBRID_FAMILIES, fuse_experts, greedy_tokens, prompt_logits, random_prompts, tiny_checkpoint, without_vision
 from trireme.core.batch import Batch
 from trireme.layers.block import PerRequest, PerToken
+from trireme.layers.delta import GatedDeltaNet
 from trireme.models.decoder import Decoder
 from trireme.parallel.strips import Strips
 
@@ -125,6 +126,18 @@ def test_stages_of_one_kind_of_layer(hybrid: Path):
     chained = Chained(hybrid, cut)
     together = chained.forward(dict(enumerate(prompts)))
     torch.testing.assert_close(together, torch.cat([prompt_logits(hybrid, prompt) for prompt in prompts]), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("cut", [[4], [3, 1]])
+def test_rows_stop_behind_a_last_layer_with_states(tmp_path: Path, cut: list[int]):
+    kinds = ["linear_attention", "linear_attention", "full_attention", "linear_attention"]
+    checkpoint = tiny_checkpoint(tmp_path, "qwen3_5", num_hidden_layers=4, layer_types=kinds)
+    chained, prompts = Chained(checkpoint, cut), random_prompts([30, 9])
+    assert isinstance(chained.decoders[-1][0].blocks[-3], GatedDeltaNet)
+    assert len(chained.forward({0: prompts[0][:20]}, head_rows=[])) == 0
+    logits = chained.forward({0: prompts[0][20:], 1: prompts[1]}, head_rows=[9, 18, 3])
+    whole = [prompt_logits(checkpoint, prompt) for prompt in prompts]
+    torch.testing.assert_close(logits, torch.stack([whole[0][29], whole[1][8], whole[0][23]]), atol=1e-4, rtol=0)
 
 
 def test_a_slot_begins_anew(hybrid: Path):

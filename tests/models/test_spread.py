@@ -85,7 +85,7 @@ def test_logits_are_transformers(family: str, plan: Plan, checkpoints: Path):
 
 @pytest.mark.parametrize(("family", "plan"), CASES, ids=str)
 def test_rows_that_nobody_asks_for_stop_in_the_last_layer(family: str, plan: Plan, checkpoints: Path):
-    """The same, and nothing is asked of the first chunks; of the second ones the last row of one, then rows amid the other, as logprobs of
+    """The same, and nothing is asked of the first chunks; then the last row of one, then rows amid the other, as logprobs of
     a prompt are; of each of the last ones a row."""
     prompts = random_prompts([45, 24])
     wanted = torch.cat([prompt_logits(checkpoints / family, prompt) for prompt in prompts])
@@ -94,7 +94,8 @@ def test_rows_that_nobody_asks_for_stop_in_the_last_layer(family: str, plan: Pla
         for decoder in chained.decoders[-1]:
             decoder.blocks[-2].register_forward_pre_hook(lambda _, given: seen.append(sum(given[0].sizes)))  # noqa: B023
         for ends, each, asked, rows, alone in (
-            (([0, 30], [0, 19]), regime, [], [], True),
+            (([0, 16], [0, 10]), regime, [], [], True),
+            (([16, 30], [10, 19]), regime, [], [], False),
             (([30, 37], [19, 21]), regime, [8, 0, 1, 2, 4], [45 + 20, 30, 31, 32, 34], True),
             (([37, 42], [21, 22]), regime, [5, 1, 2], [45 + 21, 38, 39], False),
             (([42, 45], [22, 24]), Regime(sp=regime.sp), [2, 4], [44, 45 + 23], False),

@@ -91,9 +91,10 @@ def products(monkeypatch, keys) -> set[Product]:
 
 
 def is_loaded(product: Product, loaded: set[Product]) -> bool:
-    """Whether one was computed whose kernel this one has as well: tiles have rows by the eight, and of many rows a few more are alike."""
+    """Whether one of as many rows was computed or, of many, of a few more."""
     num_rows, *form = product
-    return any(num_rows <= rows < num_rows + max(8, num_rows / 16) for rows, *other in loaded if other == form)
+    more = 0 if num_rows <= 256 else max(7, num_rows // 128 + 1)
+    return any(num_rows <= rows <= num_rows + more for rows, *other in loaded if other == form)
 
 
 # One head: a row of what states are made of is 68 bytes, so that where an item's first row begins makes a difference.

@@ -174,12 +174,12 @@ class Decoder(nn.Module):
             if block is narrows and deal.heads is not None:  # nobody would read what becomes of other rows
                 normed, residual, deal = walk.narrow(block, normed, residual, deal.heads)
             x = block(normed, batch)
-            if not deal.num_rows:
-                break  # nothing is asked, and all is kept
+            if self.head is not None and block is not self.head and not deal.num_rows:
+                return Computed(self.head.logits(residual[0]))  # nothing is asked, and all is kept
         assert x is not None and normed is not None, "a stage has blocks"
         if self.head is None:
             return Computed(walk.end(x, residual, deal))
-        [logits] = x if deal.num_rows else [self.head.logits(residual[0])]
+        [logits] = x
         rows = normed.whole()
         if self.mtp is not None:
             rows = rows.clone()  # it reads them after an exchange of its own, by which others may write where they were gathered (see Mail)
