@@ -14,6 +14,7 @@ from trireme.layers.param import by_heads, by_rows, norm_weight
 from trireme.parallel.collectives import picked
 from trireme.parallel.context import Context
 from trireme.parallel.layout import SUM, lay
+from trireme.parallel.seam import Addend
 from trireme.parallel.strips import Strips
 
 
@@ -60,13 +61,13 @@ class Attention(Block):
     def within(self, regime: Regime) -> tuple[str, ...]:
         return ("all_gather cp",) if regime.cp else ()
 
-    def forward(self, x: Strips, batch: Batch) -> Iterator[torch.Tensor]:
+    def forward(self, x: Strips, batch: Batch) -> Iterator[torch.Tensor | Addend]:
         attend = None if x.all_go_on else batch.attend_heads  # of rows that do not go on no queries are needed either
         q, gates = self.write(x, batch, None if attend is None else x.onward)
         rows = (batch.attention if attend is None else attend())[self.window](q, *batch.caches[self.cache])
         for gate in gates:
             rows = self.sigmoid_mul(rows, gate)
-        return map(self.out, x.split(x.going(rows.flatten(1)) if attend is None else rows.flatten(1)))
+        return map(self.out.ahead_of_seam, x.split(x.going(rows.flatten(1)) if attend is None else rows.flatten(1)))
 
     def write(self, x: Strips, batch: Batch, asking: torch.Tensor | slice | None = None) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Keep the rows' keys and values; (queries, their gates where there are any), [n, Hq, D] each, of the rows `asking`; None: all."""

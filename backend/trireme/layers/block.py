@@ -20,6 +20,7 @@ from trireme.parallel.layout import Layout, lay
 from trireme.parallel.mail import Mailbox
 from trireme.parallel.mesh import Mesh
 from trireme.parallel.plan import Plan
+from trireme.parallel.seam import Addend
 from trireme.parallel.strips import Strips
 from trireme_kernels.choose import Choices
 
@@ -152,5 +153,5 @@ class Block(nn.Module):
         """Collectives that it has made between its seams, by objects that it was given."""
         return ()
 
-    def forward(self, x: Strips, batch: Batch) -> Iterable[torch.Tensor]:
+    def forward(self, x: Strips, batch: Batch) -> Iterable[torch.Tensor | Addend]:
         raise NotImplementedError

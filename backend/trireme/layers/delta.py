@@ -18,6 +18,7 @@ from trireme.layers.linear import Linear
 from trireme.layers.param import Param, by_groups, by_rows, norm_weight
 from trireme.parallel.affine import Pieces, Scan, corrected, nothing_done, widened
 from trireme.parallel.layout import SUM, lay
+from trireme.parallel.seam import Addend
 from trireme.parallel.strips import Strips
 from trireme_kernels.causal_conv.op import CausalConv
 from trireme_kernels.gated_delta.gates import gates
@@ -77,14 +78,14 @@ class GatedDeltaNet(Block):
     def within(self, regime: Regime) -> tuple[str, ...]:
         return ("all_gather cp",) * 2 if regime.cp else ()  # what the convolution sees, then states
 
-    def forward(self, x: Strips, batch: Batch) -> Iterator[torch.Tensor]:
+    def forward(self, x: Strips, batch: Batch) -> Iterator[torch.Tensor | Addend]:
         items = batch.items
         assert items is not None, "a step says which items its states are of"
         qkv, z, b, a = self.proj.joined(x).split(self._split, dim=1)
         weights = self.conv[:, 0], self.log_decay, self.dt_bias, self.out_norm, self._eps
         advance, gate = self._advance(items, cut=batch.shared is not None), z.unflatten(1, self._heads)
         rows = advance(qkv, a, b, gate, *weights, *batch.caches[self.cache], items.slots, items.fresh)
-        return map(self.out, x.split(x.going(rows.flatten(1))))
+        return map(self.out.ahead_of_seam, x.split(x.going(rows.flatten(1))))
 
     def _advance(self, items: Items, cut: bool) -> Advance:
         """How the step's items advance: planned by the first layer of a stage, for all of them."""

