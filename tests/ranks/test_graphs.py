@@ -1,5 +1,5 @@
-"""Graphs without a GPU: a recording that computes again from the graph's buffers. Steps give what they give one kernel at a time, for
-any number of sequences and drafts, and padding changes nothing; a capture that fails leaves nothing."""
+"""Graphs and pieces without a GPU: a recording that computes again from the graph's buffers. Steps give what they give one kernel at a
+time, for any number of sequences and drafts, with prompts and without, and padding changes nothing; a capture that fails leaves nothing."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ import torch
 from ranks.by_hand import ByHand, Item
 from tiny import random_prompts, tiny_checkpoint
 from trireme.core.settings import make_settings
-from trireme.core.step import Regime, array
+from trireme.core.step import Regime, Step, array, ints
 from trireme.parallel.comm import LinkLost
 from trireme.ranks import chains, drafter, fed, graphs, runner, sampler, staging, states
 from trireme.ranks.graphs import Shape, shapes
+from trireme.ranks.rows import Rows, lay_out
 from trireme_kernels.delta_step import reference as delta_step
 from trireme_kernels.paged_attention import reference as paged_attention
 
@@ -77,7 +78,7 @@ class _Piece:
         self.replays += 1
 
     def reset(self) -> None:
-        self.turns = None
+        self.turns.pieces = []
 
 
 class Records:
@@ -233,7 +234,7 @@ def test_steps_give_what_they_give_without_graphs(model, recorded, measured, mon
     assert num_replays["Graph.compute"] > 10 * num_stages
     in_pieces = [[piece.replays for piece in turns.pieces] for turns in recorded.in_turns]
     assert all(len({*replays}) == 1 and len(replays) > 1 for replays in in_pieces)
-    assert has_head(model) or sum(replays[0] for replays in in_pieces) >= 3 * num_stages  # of prompts; states are not in pieces
+    assert sum(replays[0] for replays in in_pieces) >= 3 * num_stages  # steps with prompts
     if has_head(model):
         assert num_replays["_Chain._go_on"] > 5 < num_replays["_Chain._pass"]
     monkeypatch.undo()  # what is compared with has none of it
@@ -273,3 +274,31 @@ def test_a_capture_that_fails_leaves_nothing(model, recorded):
     with pytest.raises(LinkLost):
         graphs.capture(Lost())
     assert all(recording.compute is None for recording in made.made)
+
+
+def test_pieces_that_cannot_be_captured_leave_nothing(model, recorded):
+    [only] = ByHand(model, max_num_batched_tokens=300).runners
+    pieces, made = only._pieces, Records()
+
+    class Lost(Records):
+        def in_pieces(self, compute: Callable[[Callable[[], None]], None]) -> list[_Piece]:
+            if len(made.in_turns) == 2:
+                raise LinkLost("gone")
+            return made.in_pieces(compute)
+
+    with pytest.raises(LinkLost), torch.inference_mode():
+        pieces.capture(Lost())
+    assert not any(turns.pieces for turns in made.in_turns)
+    assert pieces.find(rows_of_step(5), Regime()) is None
+
+
+def test_a_step_has_the_pieces_of_the_least_bucket_that_holds_it(model, recorded):
+    [only] = ByHand(model, max_num_batched_tokens=300).runners
+    found = {num_rows: only._pieces.find(rows_of_step(num_rows), Regime()) for num_rows in (1, 64, 65, 257, 384, 385)}
+    assert [each and each.num_rows for each in found.values()] == [64, 64, 128, 384, 384, None]
+    assert only._pieces.find(rows_of_step(5), Regime(sp=True)) is None
+
+
+def rows_of_step(num_rows: int) -> Rows:
+    zeros = ints([0])
+    return lay_out(Step(0, 0, zeros, zeros, ints([num_rows]), zeros, ints([3] * num_rows)), np.zeros((1, 99), np.int32))

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from trireme.core.batch import Attend, Batch
+from trireme.core.batch import Attend, Batch, Items
 from trireme.core.step import Regime
 from trireme.layers.attention import Attention
 from trireme.layers.block import Block, Build, PerRequest, PerToken
@@ -146,12 +146,22 @@ class Decoder(nn.Module):
         self.mixtures: list[Moe] = [block for block in blocks if isinstance(block, Moe)]  # the head's that drafts is last
         for number, map in build.maps.items():
             self.mixtures[number].placement.rewrite(map, build.map_version)
-        self._steps: set[DeltaStep] = {block.step for block in blocks if isinstance(block, GatedDeltaNet)}
+        self._steps: dict[DeltaStep, GatedDeltaNet] = {block.step: block for block in blocks if isinstance(block, GatedDeltaNet)}
 
     @property
     def windows(self) -> list[int]:
         """Of its attention, as Batch.attention names them."""
         return list(self._attends)
+
+    @property
+    def steps(self) -> list[DeltaStep]:
+        """Ops that its states take, as Items.plans names them."""
+        return list(self._steps)
+
+    def plan_states(self, items: Items) -> None:
+        """Make what Items.plans holds, once a step, ahead of the blocks that would."""
+        for block in self._steps.values():
+            block.planned(items)
 
     def plan_attention(self, query_lens: np.ndarray, kv_lens: np.ndarray, page_table: np.ndarray) -> dict[int, Attend]:
         """What `Batch.attention` holds, made once a step. query_lens, kv_lens int32 [B]: rows of each sequence in this step, and

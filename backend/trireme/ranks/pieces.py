@@ -1,5 +1,5 @@
 """Pieces: steps with prompts, captured from one attention to the next. They too may cost a GPU less time than Python needs to launch them,
-but what attention launches depends on how long sequences are, so that it stands between replays:
+but what attention and steps of states launch depends on how long sequences are, so that it stands between replays:
 
     replay | attention of layer 0 | replay | attention of layer 1 | replay ... | rows whose logits are asked for
 
@@ -13,15 +13,14 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
-from trireme.core.batch import Batch
+from trireme.core.batch import Batch, Items
 from trireme.core.settings import Settings
 from trireme.core.step import Regime
-from trireme.layers.block import PerToken
 from trireme.models.decoder import Computed, Decoder, Passed
 from trireme.parallel.deal import Deal
 from trireme.ranks.graphs import Fill, Numbers, Record, Recording, borrowed
@@ -31,9 +30,8 @@ _BUCKETS = (64, 128, 192, 256, 384, 512, 768, 1024)  # rows; with more of them a
 
 
 def piece_sizes(settings: Settings, decoder: Decoder) -> list[int]:
-    """Rows of what is captured, where there are graphs at all, most first; none where layers keep states, whose launches depend on how
-    long sequences are, too."""
-    if not all(isinstance(keep, PerToken) for keep in decoder.keeps) or not decoder.has_whole_edges(Regime()):
+    """Rows of what is captured, where there are graphs at all, most first."""
+    if not decoder.has_whole_edges(Regime()):
         return []
     most = settings.max_num_batched_tokens
     return [size for below, size in reversed(list(zip((0, *_BUCKETS), _BUCKETS, strict=False))) if below < most]
@@ -45,8 +43,8 @@ class Pieces:
     def __init__(
         self, decoder: Decoder, caches: Sequence[tuple[torch.Tensor, ...]], sizes: Iterable[int], *, fill: Fill, scratch_page: int
     ):
-        self._attended: dict[tuple[int, ...], torch.Tensor] = {}
-        self._all = [InPieces(decoder, caches, size, fill, scratch_page, self._attended_rows) for size in sizes]
+        self._handed_on: dict[tuple[int, ...], torch.Tensor] = {}
+        self._all = [InPieces(decoder, caches, size, fill, scratch_page, self._place_like) for size in sizes]
         self._sizes = [each.num_rows for each in reversed(self._all)]
         self._most, self._told = max(self._sizes), "not captured"
 
@@ -83,23 +81,18 @@ class Pieces:
         found = self._all[-1 - at]
         return found if found.is_captured else None
 
-    def _attended_rows(self, like: torch.Tensor) -> torch.Tensor:
-        """Where attention of every layer leaves its result for the next replay: [N, Hq, D], `like` the queries. Numbers of rows that are
-        nobody's are any."""
-        num_rows, *sizes = like.shape
+    def _place_like(self, x: torch.Tensor) -> torch.Tensor:
+        """Where what stands between pieces leaves its result for the next one, whatever the layer: of the shape of x [N, ...]. Of rows
+        that are nobody's it is any."""
+        num_rows, *sizes = x.shape
         key = tuple(sizes)
-        if key not in self._attended:
-            self._attended[key] = torch.zeros(self._most, *sizes, dtype=like.dtype, device=like.device)
-        return self._attended[key][:num_rows]
+        if key not in self._handed_on:
+            self._handed_on[key] = torch.zeros(self._most, *sizes, dtype=x.dtype, device=x.device)
+        return self._handed_on[key][:num_rows]
 
 
-class _Gap(NamedTuple):
-    """An attention between two pieces."""
-
-    window: int
-    queries: torch.Tensor  # [N, Hq, D]
-    pools: tuple[torch.Tensor, torch.Tensor]
-    attended: torch.Tensor  # [N, Hq, D]
+Gap = Callable[[Batch, int], None]
+"""What stands between two pieces, of a batch and its number of rows."""
 
 
 class InPieces:
@@ -112,17 +105,19 @@ class InPieces:
         num_rows: int,
         fill: Fill,
         scratch_page: int,
-        attended: Callable[[torch.Tensor], torch.Tensor],
+        place_like: Callable[[torch.Tensor], torch.Tensor],
     ):
         build = decoder.build
         self.num_rows = num_rows
-        self._decoder, self._caches, self._fill, self._attended = decoder, caches, fill, attended
+        self._decoder, self._caches, self._fill, self._place_like = decoder, caches, fill, place_like
         self._deal = Deal(build.plan, build.rank, np.array([num_rows], np.int32), Regime(), build.device)
         self._numbers = Numbers(num_rows, scratch_page, build.device)
         self._edge = None if build.first else torch.zeros(num_rows, build.spec.hidden, dtype=build.dtype, device=build.device)
-        self._windows = decoder.windows
+        none, [one] = torch.zeros(1, dtype=torch.int64, device=build.device), np.ones((1, 1), np.int32)
+        # what is captured does not read it
+        self._items = partial(Items, slots=none, fresh=none > 0, counts=num_rows * one, replays=0 * one, holds=one < 0)
         self._recordings: Sequence[Recording] = []
-        self._gaps: list[_Gap] = []
+        self._gaps: list[Gap] = []
         self._passed: Passed | None = None
 
     @property
@@ -130,28 +125,48 @@ class InPieces:
         return bool(self._recordings)
 
     def compute(self, cut: Callable[[], None]) -> None:
-        """The launches of a step as far as all rows go, without attention, in whose places it is `cut`."""
+        """The launches of a step as far as all rows go, but for those of attention and of states, where it is `cut`."""
         self._gaps, self._passed = [], None
-        numbers = self._numbers
+        numbers, decoder = self._numbers, self._decoder
         batch = Batch(
-            tokens=self._fill(numbers.tokens, numbers.slots) if self._decoder.build.first else numbers.tokens,
+            tokens=self._fill(numbers.tokens, numbers.slots) if decoder.build.first else numbers.tokens,
             positions=numbers.positions,
             pages=numbers.pages,
-            attention={window: partial(self._leave_out, cut, window) for window in self._windows},
+            attention={window: partial(self._leave_attention, cut, window) for window in decoder.windows},
             shared=None,
             caches=self._caches,
+            items=self._items(plans={step: partial(self._leave_states, cut, step) for step in decoder.steps}),
             num_rows=numbers.num_real,
         )
-        (x, residual) = self._decoder.begin(batch, self._deal, self._edge)
+        (x, residual) = decoder.begin(batch, self._deal, self._edge)
         self._passed = Passed(None if x is None else [borrowed(rows) for rows in x], [borrowed(rows) for rows in residual])
 
-    def _leave_out(
+    def _leave_attention(
         self, cut: Callable[[], None], window: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     ) -> torch.Tensor:
-        attended = self._attended(queries)
-        self._gaps.append(_Gap(window, borrowed(queries), (keys, values), attended))
+        """As Attend."""
+        lent, place = borrowed(queries), self._place_like(queries)
+
+        def attend(batch: Batch, num_rows: int) -> None:
+            batch.attention[window](lent[:num_rows], keys, values, out=place[:num_rows])
+
+        self._gaps.append(attend)
         cut()
-        return attended
+        return place
+
+    def _leave_states(self, cut: Callable[[], None], step: object, *arguments: Any) -> torch.Tensor:
+        """As an Advance."""
+        *rows, gate = arguments[:4]
+        lent, place, fixed = [borrowed(x) for x in (*rows, gate)], self._place_like(gate), arguments[4:-2]
+
+        def advance(batch: Batch, num_rows: int) -> None:
+            items = batch.items
+            assert items is not None, "a step says which items its states are of"
+            place[:num_rows] = items.plans[step](*(x[:num_rows] for x in lent), *fixed, items.slots, items.fresh)
+
+        self._gaps.append(advance)
+        cut()
+        return place
 
     def capture(self, record: Record) -> None:
         self._recordings = record.in_pieces(self.compute)
@@ -167,11 +182,12 @@ class InPieces:
         self._numbers.take(rows, np.arange(num_rows))
         if self._edge is not None and received is not None:
             self._edge[:num_rows] = received
+        if batch.items is not None:
+            self._decoder.plan_states(batch.items)
         for number, recording in enumerate(self._recordings):
             recording.replay()
             if number < len(self._recordings) - 1:
-                window, queries, pools, attended = self._gaps[number]
-                batch.attention[window](queries[:num_rows], *pools, out=attended[:num_rows])
+                self._gaps[number](batch, num_rows)
         assert self._passed is not None
         (x, residual) = self._passed
         real = Passed(None if x is None else [each[:num_rows] for each in x], [each[:num_rows] for each in residual])
