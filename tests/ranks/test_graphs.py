@@ -20,6 +20,7 @@ from trireme.core.step import Regime, Step, array, ints
 from trireme.parallel.comm import LinkLost
 from trireme.ranks import chains, drafter, fed, graphs, runner, sampler, staging, states
 from trireme.ranks.graphs import Shape, shapes
+from trireme.ranks.pieces import piece_sizes
 from trireme.ranks.rows import Rows, lay_out
 from trireme_kernels.delta_step import reference as delta_step
 from trireme_kernels.paged_attention import reference as paged_attention
@@ -297,6 +298,20 @@ def test_a_step_has_the_pieces_of_the_least_bucket_that_holds_it(model, recorded
     found = {num_rows: only._pieces.find(rows_of_step(num_rows), Regime()) for num_rows in (1, 64, 65, 257, 384, 385)}
     assert [each and each.num_rows for each in found.values()] == [64, 64, 128, 384, 384, None]
     assert only._pieces.find(rows_of_step(5), Regime(sp=True)) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "sizes"),
+    [
+        ({"max_num_batched_tokens": 8192}, [1024, 768, 512, 384, 256, 192, 128, 64]),
+        ({"max_num_batched_tokens": 64}, [64]),
+        ({"sequence_parallel": 66}, [128, 64]),
+        ({"sequence_parallel": 1}, []),
+    ],
+    ids=str,
+)
+def test_pieces_are_of_steps_without_sequence_parallelism(values, sizes):
+    assert piece_sizes(make_settings({"model": "m", "tensor_parallel_size": 2, **values}), torch.device("cpu")) == sizes
 
 
 def rows_of_step(num_rows: int) -> Rows:

@@ -24,17 +24,18 @@ from trireme.core.step import Regime
 from trireme.models.decoder import Computed, Decoder, Passed
 from trireme.parallel.deal import Deal
 from trireme.ranks.graphs import Fill, Numbers, Record, Recording, borrowed
+from trireme.ranks.regimes import measures_sp
 from trireme.ranks.rows import Rows
 
 _BUCKETS = (64, 128, 192, 256, 384, 512, 768, 1024)  # rows; with more of them a GPU has more to do than Python
 
 
-def piece_sizes(settings: Settings, decoder: Decoder) -> list[int]:
-    """Rows of what is captured, where there are graphs at all, most first."""
-    if not decoder.has_whole_edges(Regime()):
-        return []
+def piece_sizes(settings: Settings, device: torch.device) -> list[int]:
+    """Rows of what is captured, where there are graphs at all, most first: of all steps that may be without sequence parallelism."""
     most = settings.max_num_batched_tokens
-    return [size for below, size in reversed(list(zip((0, *_BUCKETS), _BUCKETS, strict=False))) if below < most]
+    if settings.sp_from is not None and not measures_sp(settings, device):
+        most = min(most, settings.sp_from - 1)
+    return [size for below, size in zip((0, *_BUCKETS), _BUCKETS, strict=False) if below < most][::-1]
 
 
 class Pieces:

@@ -141,7 +141,7 @@ class Runner:
         """Why there are none, or what they took."""
         if self._why_no_graphs:
             return self._why_no_graphs
-        pieces = "no pieces of steps with prompts" if self._pieces is None else str(self._pieces)
+        pieces = self._pieces or "no pieces: sequence parallelism is always on"
         return f"{self._graphs}; {pieces}{'; none for steps that tell experts' if self._decoder.mixtures else ''}"
 
     @property
@@ -410,7 +410,7 @@ class Runner:
         """Find out how many pages and snapshots there is room for, take them, and make graphs over them."""
         settings, num_drafts = self._settings, self._decoder.build.plan.mtp
         captured = [] if self._why_no_graphs else shapes(settings, self._decoder)
-        in_pieces = [] if self._why_no_graphs else piece_sizes(settings, self._decoder)
+        in_pieces = [] if self._why_no_graphs else piece_sizes(settings, self._device)
         self._num_held = 1 + num_drafts if num_drafts else 0
         sizes = Sizes.of(self._decoder.keeps, self._num_held)
         most_rows = min(settings.max_num_batched_tokens, settings.max_num_seqs * max_model_len)
