@@ -1,5 +1,5 @@
-"""Graphs without a GPU: a recording that computes again from the graph's buffers. Steps give what they give one kernel at a time, for
-any number of sequences and drafts, and padding changes nothing; a capture that fails leaves nothing."""
+"""Graphs and pieces without a GPU: a recording that computes again from the graph's buffers. Steps give what they give one kernel at a
+time, for any number of sequences and drafts, with prompts and without, and padding changes nothing; a capture that fails leaves nothing."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from threading import Semaphore, Thread
 
 import numpy as np
 import pytest
@@ -15,10 +16,12 @@ import torch
 from ranks.by_hand import ByHand, Item
 from tiny import random_prompts, tiny_checkpoint
 from trireme.core.settings import make_settings
-from trireme.core.step import Regime, array
+from trireme.core.step import Regime, Step, array, ints
 from trireme.parallel.comm import LinkLost
 from trireme.ranks import chains, drafter, fed, graphs, runner, sampler, staging, states
 from trireme.ranks.graphs import Shape, shapes
+from trireme.ranks.pieces import piece_sizes
+from trireme.ranks.rows import Rows, lay_out
 from trireme_kernels.delta_step import reference as delta_step
 from trireme_kernels.paged_attention import reference as paged_attention
 
@@ -40,6 +43,59 @@ class Again:
 
     def reset(self) -> None:
         self.compute = None
+
+
+class Turns:
+    """Recordings in pieces: a thread computes again, and stops at each cut until the next piece is replayed."""
+
+    def __init__(self, compute: Callable[[Callable[[], None]], None]):
+        self._compute, self._go, self._gone = compute, Semaphore(0), Semaphore(0)
+        self.pieces = [_Piece(self, 0)]
+        compute(lambda: self.pieces.append(_Piece(self, len(self.pieces))))
+
+    def replay(self, number: int) -> None:
+        if number == 0:
+            Thread(target=self._run, daemon=True).start()
+        else:
+            self._go.release()
+        assert self._gone.acquire(timeout=60)
+
+    def _run(self) -> None:
+        def cut() -> None:
+            self._gone.release()
+            self._go.acquire()
+
+        with torch.inference_mode():
+            self._compute(cut)
+        self._gone.release()
+
+
+class _Piece:
+    def __init__(self, turns: Turns, number: int):
+        self.turns, self.number, self.replays = turns, number, 0
+
+    def replay(self) -> None:
+        self.turns.replay(self.number)
+        self.replays += 1
+
+    def reset(self) -> None:
+        self.turns.pieces = []
+
+
+class Records:
+    """A Record."""
+
+    def __init__(self):
+        self.made: list[Again] = []
+        self.in_turns: list[Turns] = []
+
+    def __call__(self, compute: Callable[[], None]) -> Again:
+        self.made.append(Again(compute))
+        return self.made[-1]
+
+    def in_pieces(self, compute: Callable[[Callable[[], None]], None]) -> list[_Piece]:
+        self.in_turns.append(Turns(compute))
+        return self.in_turns[-1].pieces
 
 
 class Attends:
@@ -108,19 +164,14 @@ def measured(monkeypatch) -> list[str]:
 
 
 @pytest.fixture
-def recorded(monkeypatch) -> list[Again]:
+def recorded(monkeypatch) -> Records:
     """What runners record that are loaded from now on."""
-    made: list[Again] = []
-
-    def record(compute: Callable[[], None]) -> Again:
-        made.append(Again(compute))
-        return made[-1]
-
+    records = Records()
     monkeypatch.setattr(runner, "why_none", lambda *args: None)
-    monkeypatch.setattr(runner.Runner, "_recorder", lambda *args: record)
+    monkeypatch.setattr(runner.Runner, "_recorder", lambda *args: records)
     monkeypatch.setattr(paged_attention.Reference, "captured", lambda op, *sizes: Attends(op, *sizes))
     monkeypatch.setattr(delta_step.Reference, "captured", lambda op, *sizes: Advances(op, *sizes))
-    return made
+    return records
 
 
 @pytest.fixture(scope="module", params=["qwen3", "qwen3_5_moe"])
@@ -179,9 +230,12 @@ def run_again(stages: ByHand, texts: list[list[int]]) -> list[list[int]]:
 def test_steps_give_what_they_give_without_graphs(model, recorded, measured, monkeypatch, num_stages):
     found, num_replays = run(model, pipeline_parallel_size=num_stages, max_num_batched_tokens=64), Counter()
     assert measured == ["largest", "decode"] * num_stages
-    for recording in recorded:
+    for recording in recorded.made:
         num_replays[recording.computes] += recording.replays
     assert num_replays["Graph.compute"] > 10 * num_stages
+    in_pieces = [[piece.replays for piece in turns.pieces] for turns in recorded.in_turns]
+    assert all(len({*replays}) == 1 and len(replays) > 1 for replays in in_pieces)
+    assert sum(replays[0] for replays in in_pieces) >= 3 * num_stages  # steps with prompts
     if has_head(model):
         assert num_replays["_Chain._go_on"] > 5 < num_replays["_Chain._pass"]
     monkeypatch.undo()  # what is compared with has none of it
@@ -195,7 +249,7 @@ def test_so_do_ranks_of_a_stage(model, recorded, monkeypatch, values):
     for why in (None, "eager"):
         monkeypatch.setattr(runner, "why_none", lambda *args, why=why: why)
         told.append(run(model, tensor_parallel_size=2, **values))
-    assert told[0] == told[1] and recorded[0].compute is None
+    assert told[0] == told[1] and recorded.made[0].compute is None
 
 
 def test_a_shape_for_every_regime_that_a_front_may_ask_for(model, recorded):
@@ -210,14 +264,56 @@ def test_a_shape_for_every_regime_that_a_front_may_ask_for(model, recorded):
 
 def test_a_capture_that_fails_leaves_nothing(model, recorded):
     [only] = ByHand(model).runners
-    graphs, made = only._graphs, []
+    graphs, made = only._graphs, Records()
 
-    def record(compute: Callable[[], None]) -> Again:
-        if len(made) == 2:
-            raise LinkLost("gone")
-        made.append(Again(compute))
-        return made[-1]
+    class Lost(Records):
+        def __call__(self, compute: Callable[[], None]) -> Again:
+            if len(made.made) == 2:
+                raise LinkLost("gone")
+            return made(compute)
 
     with pytest.raises(LinkLost):
-        graphs.capture(record)
-    assert all(recording.compute is None for recording in made)
+        graphs.capture(Lost())
+    assert all(recording.compute is None for recording in made.made)
+
+
+def test_pieces_that_cannot_be_captured_leave_nothing(model, recorded):
+    [only] = ByHand(model, max_num_batched_tokens=300).runners
+    pieces, made = only._pieces, Records()
+
+    class Lost(Records):
+        def in_pieces(self, compute: Callable[[Callable[[], None]], None]) -> list[_Piece]:
+            if len(made.in_turns) == 2:
+                raise LinkLost("gone")
+            return made.in_pieces(compute)
+
+    with pytest.raises(LinkLost), torch.inference_mode():
+        pieces.capture(Lost())
+    assert not any(turns.pieces for turns in made.in_turns)
+    assert pieces.find(rows_of_step(5), Regime()) is None
+
+
+def test_a_step_has_the_pieces_of_the_least_bucket_that_holds_it(model, recorded):
+    [only] = ByHand(model, max_num_batched_tokens=300).runners
+    found = {num_rows: only._pieces.find(rows_of_step(num_rows), Regime()) for num_rows in (1, 64, 65, 257, 384, 385)}
+    assert [each and each.num_rows for each in found.values()] == [64, 64, 128, 384, 384, None]
+    assert only._pieces.find(rows_of_step(5), Regime(sp=True)) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "sizes"),
+    [
+        ({"max_num_batched_tokens": 8192}, [1024, 768, 512, 384, 256, 192, 128, 64]),
+        ({"max_num_batched_tokens": 64}, [64]),
+        ({"sequence_parallel": 66}, [128, 64]),
+        ({"sequence_parallel": 1}, []),
+    ],
+    ids=str,
+)
+def test_pieces_are_of_steps_without_sequence_parallelism(values, sizes):
+    assert piece_sizes(make_settings({"model": "m", "tensor_parallel_size": 2, **values}), torch.device("cpu")) == sizes
+
+
+def rows_of_step(num_rows: int) -> Rows:
+    zeros = ints([0])
+    return lay_out(Step(0, 0, zeros, zeros, ints([num_rows]), zeros, ints([3] * num_rows)), np.zeros((1, 99), np.int32))

@@ -12,7 +12,7 @@ import torch
 
 import trireme_kernels
 from any_steps import any_steps
-from ranks.test_graphs import Again, packed
+from ranks.test_graphs import Records, packed
 from threads import Boards, on_every_rank
 from tiny import tiny_checkpoint
 from trireme.core.settings import make_settings
@@ -59,7 +59,7 @@ def keys(monkeypatch) -> set[str]:
             continue
         module = importlib.import_module(f"trireme_kernels.{op}.tl")
         for name, value in list(vars(module).items()):
-            if type(value).__name__ in ("JITFunction", "InterpretedFunction"):
+            if type(value).__name__ in ("JITFunction", "Kernel", "InterpretedFunction"):
                 monkeypatch.setattr(module, name, Asked(value, f"{op}.{name}", found))
 
     def misfit(op, name, case, *, forced=False):
@@ -122,7 +122,7 @@ def test_trials_meet_all_that_steps_ask_for(tmp_path, monkeypatch, keys, product
         monkeypatch.setattr("trireme_kernels.sort_by_slot.tl.fits", lambda case: "the host reads what it counts")
     elif not settings.enforce_eager:
         monkeypatch.setattr(runner, "why_none", lambda *args: None)
-        monkeypatch.setattr(Runner, "_recorder", lambda *args: Again)
+        monkeypatch.setattr(Runner, "_recorder", lambda *args: Records())
     size, boards = settings.ranks_per_stage, Boards()
     ranks = on_every_rank(size, lambda rank: load_runner(settings, 0, rank, lambda sentence: None))
 

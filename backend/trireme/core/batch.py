@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""(queries [N, Hq, D], keys, values: pools) -> [N, Hq, D], of one step's lengths and page tables."""
+Attend = Callable[..., torch.Tensor]
+"""(queries [N, Hq, D], keys, values: pools) -> [N, Hq, D], of one step's lengths and page tables. What was planned for a step also takes
+`out`, where the result is to stand."""
 
 
 @dataclass(frozen=True)

@@ -83,11 +83,11 @@ class GatedDeltaNet(Block):
         assert items is not None, "a step says which items its states are of"
         qkv, z, b, a = self.proj.joined(x).split(self._split, dim=1)
         weights = self.conv[:, 0], self.log_decay, self.dt_bias, self.out_norm, self._eps
-        advance, gate = self._advance(items, cut=batch.shared is not None), z.unflatten(1, self._heads)
+        advance, gate = self.planned(items, cut=batch.shared is not None), z.unflatten(1, self._heads)
         rows = advance(qkv, a, b, gate, *weights, *batch.caches[self.cache], items.slots, items.fresh)
         return map(self.out.ahead_of_seam, x.split(x.going(rows.flatten(1))))
 
-    def _advance(self, items: Items, cut: bool) -> Advance:
+    def planned(self, items: Items, cut: bool = False) -> Advance:
         """How the step's items advance: planned by the first layer of a stage, for all of them."""
         if self.step not in items.plans:
             items.plans[self.step] = self._plan_cut(items) if cut else self._plan(items)

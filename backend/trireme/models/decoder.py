@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from trireme.core.batch import Attend, Batch
+from trireme.core.batch import Attend, Batch, Items
 from trireme.core.step import Regime
 from trireme.layers.attention import Attention
 from trireme.layers.block import Block, Build, PerRequest, PerToken
@@ -106,6 +106,13 @@ class Computed(NamedTuple):
     unread: torch.Tensor | None = None  # [n, H], of the last stage: the same of heads that are not sampled, for logits few at a time
 
 
+class Passed(NamedTuple):
+    """Rows on their way through a stage."""
+
+    x: Iterable[torch.Tensor] | None  # what the last block gives, strip by strip
+    residual: Sequence[torch.Tensor]
+
+
 class Decoder(nn.Module):
     """A stage. Its parameters are empty until `weights.load` fills them."""
 
@@ -139,7 +146,22 @@ class Decoder(nn.Module):
         self.mixtures: list[Moe] = [block for block in blocks if isinstance(block, Moe)]  # the head's that drafts is last
         for number, map in build.maps.items():
             self.mixtures[number].placement.rewrite(map, build.map_version)
-        self._steps: set[DeltaStep] = {block.step for block in blocks if isinstance(block, GatedDeltaNet)}
+        self._steps: dict[DeltaStep, GatedDeltaNet] = {block.step: block for block in blocks if isinstance(block, GatedDeltaNet)}
+
+    @property
+    def windows(self) -> list[int]:
+        """Of its attention, as Batch.attention names them."""
+        return list(self._attends)
+
+    @property
+    def steps(self) -> list[DeltaStep]:
+        """Ops that its states take, as Items.plans names them."""
+        return list(self._steps)
+
+    def plan_states(self, items: Items) -> None:
+        """Make what Items.plans holds, once a step, ahead of the blocks that would."""
+        for block in self._steps.values():
+            block.planned(items)
 
     def plan_attention(self, query_lens: np.ndarray, kv_lens: np.ndarray, page_table: np.ndarray) -> dict[int, Attend]:
         """What `Batch.attention` holds, made once a step. query_lens, kv_lens int32 [B]: rows of each sequence in this step, and
@@ -164,21 +186,34 @@ class Decoder(nn.Module):
     def forward(self, batch: Batch, deal: Deal, rows: torch.Tensor | None = None) -> Computed:
         """The first stage reads batch.tokens, others take the residual `rows`, laid out as `edge` of the step's regime says. The
         last stage gives logits of sampled rows, others the residual after the add, again laid out as `edge`; the receiver norms it."""
+        return self.finish(self.begin(batch, deal, rows), batch, deal)
+
+    def begin(self, batch: Batch, deal: Deal, rows: torch.Tensor | None = None) -> Passed:
+        """As far as all rows go."""
         walk = self._walks[deal.regime]
-        narrows = self._narrows(walk, batch)
-        residual = self._enter(walk, batch, deal, rows)
-        x = normed = None
-        for seam, block in walk.blocks:
+        x, residual = None, self._enter(walk, batch, deal, rows)
+        for seam, block in walk.blocks[: self._num_wide(walk, batch)]:
             normed, residual = seam(x, residual, deal)
             del x  # what the block computes may lie in its place
-            if block is narrows and deal.heads is not None:  # nobody would read what becomes of other rows
+            x = block(normed, batch)
+        return Passed(x, residual)
+
+    def finish(self, passed: Passed, batch: Batch, deal: Deal) -> Computed:
+        """The rest of forward."""
+        walk, normed, (x, residual) = self._walks[deal.regime], None, passed
+        del passed
+        for seam, block in walk.blocks[self._num_wide(walk, batch) :]:
+            normed, residual = seam(x, residual, deal)
+            del x
+            if deal.heads is not None:  # nobody would read what becomes of other rows
                 normed, residual, deal = walk.narrow(block, normed, residual, deal.heads)
             x = block(normed, batch)
             if self.head is not None and block is not self.head and not deal.num_rows:
                 return Computed(self.head.logits(residual[0]))  # nothing is asked, and all is kept
-        assert x is not None and normed is not None, "a stage has blocks"
+        assert x is not None, "a stage has blocks"
         if self.head is None:
             return Computed(walk.end(x, residual, deal))
+        assert normed is not None, "the head's"
         [logits] = x
         rows = normed.whole()
         if self.mtp is not None:
@@ -186,12 +221,14 @@ class Decoder(nn.Module):
         unread = None if batch.num_sampled is None else normed.going(rows)[batch.num_sampled :]
         return Computed(logits, None if self.mtp is None else rows, unread)
 
-    def _narrows(self, walk: Walk, batch: Batch) -> Block | None:
-        """Of the last stage the block from which on there are only the rows whose logits are asked for: the last that keeps something
-        of every row; where drafts are made from all rows, or the experts of all are told, the head."""
-        if self.head is None or self.mtp is not None or batch.routed is not None:
-            return self.head
-        return [block for _, block in walk.blocks if block.keeps is not None][-1]
+    def _num_wide(self, walk: Walk, batch: Batch) -> int:
+        """Blocks from which all rows go on. In the last stage only those whose logits are asked for go on from the last block that keeps
+        something of every row; where drafts are made from all rows, or the experts of all are told, from the head."""
+        if self.head is None:
+            return len(walk.blocks)
+        if self.mtp is not None or batch.routed is not None:
+            return len(walk.blocks) - 1
+        return max(number for number, (_, block) in enumerate(walk.blocks) if block.keeps is not None)
 
     def _enter(self, walk: Walk, batch: Batch, deal: Deal, rows: torch.Tensor | None) -> Sequence[torch.Tensor]:
         """The residual at home, by strips. Apart from forward, so that nothing keeps the rows from which it is cut."""

@@ -14,7 +14,7 @@ import time
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -43,8 +43,14 @@ class Recording(Protocol):
         ...
 
 
-Record = Callable[[Callable[[], None]], Recording]
-"""Captures what a function launches. Nothing of it is computed before the first replay."""
+class Record(Protocol):
+    """Captures what a function launches. Nothing of it is computed before the first replay."""
+
+    def __call__(self, compute: Callable[[], None]) -> Recording: ...
+
+    def in_pieces(self, compute: Callable[[Callable[[], None]], None]) -> Sequence[Recording]:
+        """Likewise, of what is launched before, between and after calls of a function that it is given."""
+        ...
 
 
 class Shape(NamedTuple):
@@ -107,17 +113,33 @@ class Recorder:
 
     def __call__(self, compute: Callable[[], None]) -> Recording:
         """LinkLost where another rank does not come."""
-        compute()  # what is compiled, chosen or connected at its first use cannot be captured
-        wait_for_device(self._device, self._limit_s, self._give_up)
-        graph = torch.cuda.CUDAGraph()
-        try:
-            # only this thread's calls are looked at: NCCL's watchdogs ask for events meanwhile
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                compute()
-        except BaseException:
-            graph.reset()
-            raise
+        [graph] = self.in_pieces(lambda cut: compute())
         return graph
+
+    def in_pieces(self, compute: Callable[[Callable[[], None]], None]) -> Sequence[Recording]:
+        """LinkLost where another rank does not come."""
+        compute(lambda: None)  # what is compiled, chosen or connected at its first use cannot be captured
+        wait_for_device(self._device, self._limit_s, self._give_up)
+        graphs: list[Recording] = []
+        try:
+            with ExitStack() as under_way:
+
+                def begin() -> None:
+                    under_way.close()  # what is captured so far is whole
+                    graph = torch.cuda.CUDAGraph()
+                    graphs.append(graph)
+                    # only this thread's calls are looked at: NCCL's watchdogs ask for events meanwhile
+                    under_way.enter_context(
+                        torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
+                    )
+
+                begin()
+                compute(begin)
+        except BaseException:
+            for graph in graphs:
+                graph.reset()
+            raise
+        return graphs
 
 
 class Graphs:
@@ -190,6 +212,27 @@ class Graphs:
         self._told = f"captured in {time.perf_counter() - began:.1f} s, {took / (1 << 30):.2f} GiB"
 
 
+class Numbers:
+    """What graphs read of a step's rows, where it stays on the device, filled up with rows of nobody, that go to a page which nobody
+    reads."""
+
+    def __init__(self, num_rows: int, scratch_page: int, device: torch.device):
+        padding = np.array([[0], [0], [0], [scratch_page * PAGE], [0]])
+        self._padding = np.repeat(padding, num_rows, axis=1)
+        numbers = self._numbers = torch.from_numpy(self._padding.copy()).to(device)
+        self.tokens, self.slots, self.positions, self.pages, more = numbers  # int64 [rows] each, FED among the tokens
+        self.num_real = more[:1]
+
+    def take(self, rows: Rows, places: np.ndarray) -> None:
+        """From now on those of a step, whose rows stand at `places`, int64 [T], for what is launched from now on."""
+        host = torch.empty(self._numbers.shape, dtype=torch.int64, pin_memory=self._numbers.is_cuda)
+        numbers = host.numpy()
+        numbers[:] = self._padding
+        numbers[:4, places] = rows.tokens, rows.owners, rows.positions, rows.pages
+        numbers[4, 0] = places[-1] + 1  # padding amid the rows is computed like them
+        self._numbers.copy_(host, non_blocking=True)
+
+
 class Graph:
     """Of one shape. Each sequence has `width` rows, of which those behind its own are padding."""
 
@@ -207,10 +250,7 @@ class Graph:
         self._decoder, self._caches, self._fill = decoder, caches, fill
         self._counts = np.full(items, width, np.int32)
         self.deal = Deal(build.plan, build.rank, self._counts, regime, build.device)
-        padding = np.array([[0], [0], [0], [scratch_page * PAGE], [0]])
-        # int64 [5, rows]: tokens, slots, positions, pages; first of the last, how many
-        self._padding = np.repeat(padding, shape.num_rows, axis=1)
-        self._numbers = torch.from_numpy(self._padding.copy()).to(build.device)
+        self._numbers = Numbers(shape.num_rows, scratch_page, build.device)
         num_edge_rows, hidden = decoder.num_edge_rows(self.deal), build.spec.hidden
         self._edge = None if build.first else torch.zeros(num_edge_rows, hidden, dtype=build.dtype, device=build.device)
         attends = decoder.capture_attention(shape.num_rows, max_pages)
@@ -229,37 +269,36 @@ class Graph:
     def compute(self) -> None:
         """The launches of a step, from buffers that stay where they are."""
         self._result = None  # logits are large
-        tokens, slots = self._numbers[:2]
-        batch = self.batch(self._fill(tokens, slots) if self._decoder.build.first else tokens)
+        tokens = self._numbers.tokens
+        batch = self.batch(self._fill(tokens, self._numbers.slots) if self._decoder.build.first else tokens)
         self._result = self._decoder.forward(batch, self.deal, self._edge)
 
     def batch(self, tokens: torch.Tensor) -> Batch:
         """The step's rows with tokens [rows] that are not in its numbers."""
-        _, slots, positions, pages, num_rows = self._numbers
-        none, width = np.zeros_like(self._counts), self.shape.width
-        firsts = positions[::width]
+        numbers, none, width = self._numbers, np.zeros_like(self._counts), self.shape.width
+        firsts = numbers.positions[::width]
         return Batch(
             tokens=tokens,
-            positions=positions,
-            pages=pages,
+            positions=numbers.positions,
+            pages=numbers.pages,
             attention={window: attend.run for window, attend in self._attends.items()},
             shared=None,
             caches=self._caches,
             items=Items(
-                slots[::width].contiguous(),
+                numbers.slots[::width].contiguous(),
                 firsts == 0,
                 self._counts,
                 none,
                 none > 0,
                 {op: advance.run for op, advance in self._advances.items()},
             ),
-            num_rows=num_rows[:1],
+            num_rows=numbers.num_real,
         )
 
     @property
     def tokens(self) -> torch.Tensor:
         """Of the step's rows, FED among them: int64 [rows]."""
-        return self._numbers[0]
+        return self._numbers.tokens
 
     @property
     def normed(self) -> torch.Tensor:
@@ -275,12 +314,12 @@ class Graph:
         """The same to index a tensor with."""
         if len(places) == num_items * self.shape.width:
             return slice(0, len(places))
-        return upload([places], self._numbers.device)[0]
+        return upload([places], self._decoder.build.device)[0]
 
     def capture(self, record: Record) -> None:
         self._recording = record(self.compute)
         if self._decoder.build.last and self._result is not None and self._result.rows.is_cuda:
-            self._result = self._result._replace(rows=_borrowed(self._result.rows))
+            self._result = self._result._replace(rows=borrowed(self._result.rows))  # logits are large
 
     def drop(self) -> None:
         if self._recording is not None:
@@ -293,13 +332,7 @@ class Graph:
         assert self._recording is not None, "captured before"
         width, num_items, places = self.shape.width, len(rows.slots), self.places(rows)
         at = self.there(places, num_items)
-        host = torch.empty(self._numbers.shape, dtype=torch.int64, pin_memory=self._numbers.is_cuda)
-        numbers = host.numpy()
-        numbers[:] = self._padding
-        numbers[:4, places] = rows.tokens, rows.owners, rows.positions, rows.pages
-        numbers[1, : num_items * width : width] = rows.slots
-        numbers[4, 0] = places[-1] + 1  # padding amid the rows is computed like them
-        self._numbers.copy_(host, non_blocking=True)
+        self._numbers.take(rows, places)
         ends = np.ones(num_items * width, np.int32)
         ends[places] = rows.positions + 1
         for attend in self._attends.values():
@@ -317,14 +350,15 @@ class Graph:
 
 
 class _Borrowed:
-    """A float32 tensor's place in memory."""
+    """A tensor's place in memory, as integers of its numbers' size."""
 
     def __init__(self, x: torch.Tensor):
-        self.__cuda_array_interface__ = {"shape": tuple(x.shape), "typestr": "<f4", "data": (x.data_ptr(), False), "version": 3}
+        strides = tuple(stride * x.itemsize for stride in x.stride())
+        place = {"shape": tuple(x.shape), "strides": strides, "typestr": f"<i{x.itemsize}", "data": (x.data_ptr(), False), "version": 3}
+        self.__cuda_array_interface__ = place
 
 
-def _borrowed(x: torch.Tensor) -> torch.Tensor:
-    """x without owning its memory, so that the graphs' logits, which are large, lie in one place: each is read before the next
-    graph runs."""
-    assert x.dtype == torch.float32 and x.is_contiguous()
-    return torch.as_tensor(_Borrowed(x), device=x.device)
+def borrowed(x: torch.Tensor) -> torch.Tensor:
+    """x without owning its memory, so that what graphs hand on lies in one place: each is read before the next graph runs. On a CPU
+    x itself."""
+    return torch.as_tensor(_Borrowed(x), device=x.device).view(x.dtype) if x.is_cuda else x

@@ -32,7 +32,8 @@ from trireme.ranks.graphs import Graph, Graphs, Record, Recorder, shapes, why_no
 from trireme.ranks.logprobs import CHUNK, Prompts, Stretch
 from trireme.ranks.memory import Sizes, check_states, find_room, num_pages, num_snapshots, stock, unstock
 from trireme.ranks.mixtures import Mixtures
-from trireme.ranks.regimes import find_sp_from, largest_steps
+from trireme.ranks.pieces import InPieces, Pieces, piece_sizes
+from trireme.ranks.regimes import find_sp_from, largest_steps, spread
 from trireme.ranks.routed import asked_rows, tell_routed
 from trireme.ranks.rows import Rows, lay_out
 from trireme.ranks.sampler import Sampled, Sampler
@@ -89,6 +90,7 @@ class Runner:
         self._watch: Stopwatch | None = None  # of the last step
         self._graphs: Graphs | None = None
         self._chains: Chains | None = None
+        self._pieces: Pieces | None = None
         self._why_no_graphs = why_none(settings, decoder, device)
         self._make_room(max_model_len, progress)
 
@@ -125,6 +127,8 @@ class Runner:
         if self._graphs is not None and self._graphs_are_of_epochs:
             if self._chains is not None:
                 self._chains.drop()
+            if self._pieces is not None:
+                self._pieces.drop()
             self._graphs.drop()  # first: the end of a group waits for the graphs that hold it
         if self._link is not None:
             self._link.close()
@@ -135,7 +139,10 @@ class Runner:
     @property
     def graphs(self) -> str:
         """Why there are none, or what they took."""
-        return self._why_no_graphs or f"{self._graphs}{'; none for steps that tell experts' if self._decoder.mixtures else ''}"
+        if self._why_no_graphs:
+            return self._why_no_graphs
+        pieces = self._pieces or "no pieces: sequence parallelism is always on"
+        return f"{self._graphs}; {pieces}{'; none for steps that tell experts' if self._decoder.mixtures else ''}"
 
     @property
     def _graphs_are_of_epochs(self) -> bool:
@@ -144,6 +151,8 @@ class Runner:
     def _capture(self, give_up: Callable[[], bool]) -> None:
         assert self._graphs is not None
         record = self._recorder(give_up)
+        if self._pieces is not None:  # the largest first, so that what others take of memory lies in theirs
+            self._pieces.capture(record)
         self._graphs.capture(record)
         if self._chains is not None:
             self._chains.capture(record)
@@ -191,12 +200,13 @@ class Runner:
         self._states.restore(step.restores)
         batch, routed, recorded = None, bytes, bytes
         records = self._records(step)
-        graph = None if stretches else self._find_graph(step, rows)
+        graph, pieces = None if stretches else self._find_graph(step, rows), None
         if graph is not None:
             computed = graph.run(rows, self._table_of(rows.slots, rows.ends), received)
         else:
             batch = self._batch(rows, deal, self._plan_attention(rows, deal), routed=[] if step.routed or records else None)
-            computed = self._decoder.forward(batch, deal, received)
+            pieces = self._find_pieces(step, rows)
+            computed = self._decoder.forward(batch, deal, received) if pieces is None else pieces.run(rows, batch, deal, received)
             if batch.routed is not None:
                 routed = tell_routed(self._decoder, deal, asked_rows(step, rows), batch.routed)
                 recorded = tell_routed(self._decoder, deal, np.arange(step.num_rows if records else 0), batch.routed)
@@ -209,7 +219,7 @@ class Runner:
             carries = self._joined.send(computed.rows)
         self._states.save(step.saves)
         if self._mixtures is not None and step.counts_loads:
-            report = self._mixtures.report(eager=batch is not None)
+            report = self._mixtures.report(eager=batch is not None and pieces is None)
         watch.stop()
 
         def finish() -> tuple[Answer, np.ndarray | None]:
@@ -234,8 +244,14 @@ class Runner:
         return Pending(self._device.type != "cpu", finish, where)
 
     def _find_graph(self, step: Step, rows: Rows) -> Graph | None:
-        tells = step.routed or self._records(step)
-        return None if self._graphs is None or tells else self._graphs.find(rows, step.regime)
+        return None if self._graphs is None or self._tells(step) else self._graphs.find(rows, step.regime)
+
+    def _find_pieces(self, step: Step, rows: Rows) -> InPieces | None:
+        return None if self._pieces is None or self._tells(step) else self._pieces.find(rows, step.regime)
+
+    def _tells(self, step: Step) -> bool:
+        """Whether experts of its rows are told."""
+        return bool(step.routed) or self._records(step)
 
     def _records(self, step: Step) -> bool:
         """Whether the experts of every row are told: the same on all ranks of the stage, so that they take a graph or none together."""
@@ -394,6 +410,7 @@ class Runner:
         """Find out how many pages and snapshots there is room for, take them, and make graphs over them."""
         settings, num_drafts = self._settings, self._decoder.build.plan.mtp
         captured = [] if self._why_no_graphs else shapes(settings, self._decoder)
+        in_pieces = [] if self._why_no_graphs else piece_sizes(settings, self._device)
         self._num_held = 1 + num_drafts if num_drafts else 0
         sizes = Sizes.of(self._decoder.keeps, self._num_held)
         most_rows = min(settings.max_num_batched_tokens, settings.max_num_seqs * max_model_len)
@@ -411,6 +428,9 @@ class Runner:
 
         def decode() -> None:
             self._try(Trial(np.ones(most_items, np.int32)))
+            if in_pieces:
+                rows = min(in_pieces[0], most_rows)
+                self._try(Trial(spread(rows, -(-rows // max_model_len))))
             verify()
 
         def verify() -> None:
@@ -444,7 +464,7 @@ class Runner:
             sizes,
             largest=largest,
             decode=decode,
-            num_graphs=len(captured) * (1 if self._decoder.mtp is None else 3),
+            num_graphs=len(captured) * (1 if self._decoder.mtp is None else 3) + len(in_pieces),
             mailbox_bytes=self.collectives.mailbox.memory.nbytes if self.collectives.mailbox is not None else 0,
         )
         self.collectives.leave()
@@ -471,8 +491,12 @@ class Runner:
                     scratch_page=self.num_pages,
                     max_pages=self._page_table.shape[1],
                 )
+            if in_pieces:
+                self._pieces = Pieces(self._decoder, self._caches, in_pieces, fill=self._fed.fill, scratch_page=self.num_pages)
             if self._graphs_are_of_epochs:
                 rehearse(self.collectives)
+                if self._pieces is not None:
+                    self._pieces.warm()
                 self._graphs.warm()
                 if self._chains is not None:
                     self._chains.warm()

@@ -121,8 +121,8 @@ class FlashInfer:
             plan.add(slice(num_decodes, num_decodes + int(bounds[-1])), wrapper, self._prefills)
         return plan
 
-    def run(self, q: Tensor, k_pool: Tensor, v_pool: Tensor, plan: _Plan) -> Tensor:
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    def run(self, q: Tensor, k_pool: Tensor, v_pool: Tensor, plan: _Plan, out: Tensor | None = None) -> Tensor:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
         for rows, wrapper in plan.parts:
             wrapper.run(q[rows], (k_pool, v_pool), out=out[rows])
         return out

@@ -26,9 +26,9 @@ class PagedAttention(Protocol):
         read) -> what depends on lengths alone: made once a step, used by `run` in every layer."""
         ...
 
-    def run(self, q: Tensor, k_pool: Tensor, v_pool: Tensor, plan: Any) -> Tensor:
+    def run(self, q: Tensor, k_pool: Tensor, v_pool: Tensor, plan: Any, out: Tensor | None = None) -> Tensor:
         """q [T, Hq, D], item after item (T = sum of query_lens), pools [pages, Hk, PAGE, D] of any strides, that already
-        hold this step's keys and values -> [T, Hq, D]. Scores are scaled by 1 / sqrt(D)."""
+        hold this step's keys and values -> [T, Hq, D], `out` where one is given. Scores are scaled by 1 / sqrt(D)."""
         ...
 
     def captured(self, batch_size: int, max_pages: int) -> CapturedDecode | None:

@@ -80,12 +80,12 @@ class Reference:
     def _tensor(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64)).to(self.device)
 
-    def run(self, q: Tensor, k_pool: Tensor, v_pool: Tensor, plan: _Plan) -> Tensor:
+    def run(self, q: Tensor, k_pool: Tensor, v_pool: Tensor, plan: _Plan, out: Tensor | None = None) -> Tensor:
         if not plan.groups:
-            return torch.empty_like(q)
+            return torch.empty_like(q) if out is None else out
         rows = q.index_select(0, plan.order).split(plan.sizes)
         outs = [self._attend(part, k_pool, v_pool, dense) for part, dense in zip(rows, plan.groups, strict=True)]
-        return torch.cat(outs).index_select(0, plan.back)
+        return torch.index_select(torch.cat(outs), 0, plan.back, out=out)
 
     def captured(self, batch_size: int, max_pages: int) -> None:
         """None: groups of like lengths are other launches at every step."""

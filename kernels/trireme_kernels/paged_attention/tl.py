@@ -54,10 +54,10 @@ class Tiled:
         blocks = np.stack(cut_queries(np.asarray(query_lens), np.asarray(kv_lens), rows // self.shared)).astype(np.int32)
         return _Plan(upload(np.asarray(page_table, np.int32), self.device), upload(blocks, self.device), rows)
 
-    def run(self, q: Tensor, k_pool: Tensor, v_pool: Tensor, plan: _Plan) -> Tensor:
+    def run(self, q: Tensor, k_pool: Tensor, v_pool: Tensor, plan: _Plan, out: Tensor | None = None) -> Tensor:
         head_dim, num_kv_heads = q.shape[2], k_pool.shape[1]
         assert q.stride(2) == k_pool.stride(3) == v_pool.stride(3) == 1, "heads are contiguous"
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
         num_blocks = plan.blocks.shape[1]
         if num_blocks:
             _paged_attention_blocks[(num_blocks, num_kv_heads)](
