@@ -13,7 +13,9 @@ import torch
 from chained import Chained
 from tiny import FAMILIES, HYBRID_FAMILIES, MOE_FAMILIES, prompt_logits, random_prompts, tiny_checkpoint
 from trireme.core.step import Regime
+from trireme.layers import linear
 from trireme.parallel.plan import Plan
+from trireme.parallel.seam import Addend
 
 DENSE = [
     Plan(layer_cut=(5,), tp=2),
@@ -81,6 +83,20 @@ def test_logits_are_transformers(family: str, plan: Plan, checkpoints: Path):
             new: dict[int, Sequence[int]] = {i: prompt[slice(*end)] for i, (prompt, end) in enumerate(zip(prompts, ends, strict=True))}
             rows = torch.cat([logits[slice(*end)] for logits, end in zip(wanted, ends, strict=True)])
             torch.testing.assert_close(chained.forward(new, regime=each), rows, atol=1e-4, rtol=0)
+
+
+LATE = [Plan(layer_cut=(5,)), Plan(layer_cut=(3, 2)), Plan(layer_cut=(3, 2), tp=2, sp=True, strip_rows=29), Plan(layer_cut=(5,), cp=2)]
+
+
+@pytest.mark.parametrize(("family", "plan"), [*product(("qwen3", "qwen3_5"), LATE)], ids=str)
+def test_last_products_of_many_rows_add_to_the_residual(family: str, plan: Plan, checkpoints: Path, monkeypatch):
+    """The same where a few rows are many and weights are not packed: transformers' logits; what ranks exchange is not added before."""
+    added = []
+    monkeypatch.setattr(linear, "_MANY", 5)
+    monkeypatch.setattr(linear.Linear, "prepare", lambda self: None)
+    monkeypatch.setattr(Addend, "added_to", lambda self, residual: added.append(self) or residual.addmm_(self.rows, self.columns))
+    test_logits_are_transformers(family, plan, checkpoints)
+    assert (len(added) > 0) == (plan.tp == 1)
 
 
 @pytest.mark.parametrize(("family", "plan"), CASES, ids=str)
