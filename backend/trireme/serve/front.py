@@ -189,7 +189,7 @@ class Front:
                 Request(id=id, prompt=prompt, sampling=sampling, priority=order.priority, deadline=deadline, routed_experts=routed_experts),
                 lambda emission: self._receive(stream, emission),
             )
-        except Refusal:
+        except BaseException:  # also a fault of ours: nobody may ask the server about a stream that is over
             del self._streams[id]
             raise
 
