@@ -35,7 +35,7 @@ from trireme.models.spec import read_spec
 from trireme.serve.answer import Answer, Values
 from trireme.serve.bls import SETTLE_S, BlsStages
 from trireme.serve.checks import check_checkpoint, check_devices, check_instance, check_server, server_flags
-from trireme.serve.exchange import ask
+from trireme.serve.exchange import ask, send_error
 from trireme.serve.metrics import Reporter, Sample, samples, service_samples, stage_samples
 from trireme.serve.place import model_json
 from trireme.serve.repository import EPLB, stage_name
@@ -156,10 +156,10 @@ class Front:
             try:
                 self._admit(request, sender)
             except Refusal as refusal:
-                _send_error(sender, refusal)
+                send_error(sender, refusal)
             except Exception as error:
                 self._log.exception("a request could not be read")
-                _send_error(sender, Refusal("the request could not be read", why=repr(error), kind="internal"))
+                send_error(sender, Refusal("the request could not be read", why=repr(error), kind="internal"))
 
     def _admit(self, request: Any, sender: Any) -> None:
         tensors = {tensor.name(): _values(tensor) for tensor in request.inputs()}
@@ -259,7 +259,7 @@ class Front:
             if self._streams.pop(stream.id, None) is None:
                 return
             if error is not None:
-                _send_error(stream.sender, error)
+                send_error(stream.sender, error)
             elif response is not None:
                 stream.sender.send(response, flags=_FINAL)
             else:
@@ -288,17 +288,6 @@ def _tensor(name: str, values: Values) -> Any:
     if _DTYPES[name] is np.object_:
         return pb_utils.Tensor(name, np.array([value.encode() for value in values], dtype=np.object_))
     return pb_utils.Tensor(name, np.array(values, dtype=_DTYPES[name]))
-
-
-def _send_error(sender: Any, error: Exception) -> None:
-    """An error and FINAL."""
-    code = {
-        "invalid": pb_utils.TritonError.INVALID_ARG,
-        "unavailable": pb_utils.TritonError.UNAVAILABLE,
-        "cancelled": pb_utils.TritonError.CANCELLED,
-        "deadline": pb_utils.TritonError.UNAVAILABLE,  # the server has no code for it
-    }.get(getattr(error, "kind", "internal"), pb_utils.TritonError.INTERNAL)
-    sender.send(pb_utils.InferenceResponse([], pb_utils.TritonError(str(error), code)), flags=_FINAL)
 
 
 def _reload(model: str) -> None:

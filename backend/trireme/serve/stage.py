@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trireme.core.control import Offer, Parcel, Push, open_offer, pack_push
+from trireme.core.refusal import Refusal
 from trireme.core.settings import Settings, read_settings
 from trireme.models.spec import read_spec
 from trireme.ranks.courier import Courier
@@ -14,7 +15,7 @@ from trireme.ranks.leader import Leader
 from trireme.serve.balancing import first_maps
 from trireme.serve.bls import SETTLE_S, BlsCalls
 from trireme.serve.checks import check_checkpoint, check_devices, check_instance
-from trireme.serve.exchange import answer_to, ask, asked
+from trireme.serve.exchange import answer_to, ask, asked, send_error
 from trireme.serve.place import leave, model_json, run_dir
 from trireme.serve.repository import EPLB, stage_name
 
@@ -40,9 +41,12 @@ class Stage:
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
-            parcel = asked(request)
-            assert parcel is not None, "the server refuses a request without it"
-            self._leader.post(parcel, answer_to(request))
+            try:
+                parcel = asked(request)
+                assert parcel is not None, "the server refuses a request without it"
+                self._leader.post(parcel, answer_to(request))
+            except Refusal as refusal:
+                send_error(request.get_response_sender(), refusal)
 
     def finalize(self) -> None:
         if self._service is not None:
