@@ -70,6 +70,17 @@ def test_missing_checkpoint(tmp_path):
     check_checkpoint(settings(model=str(tmp_path), load_format="dummy", max_model_len=64))
 
 
+def test_missing_tokenizer(tmp_path):
+    """One that is named; a checkpoint may be without."""
+    _write_config(tmp_path)
+    named = settings(model=str(tmp_path), load_format="dummy", tokenizer=str(tmp_path / "elsewhere"))
+    with pytest.raises(Refusal, match=r"no tokenizer in .*elsewhere"):
+        check_checkpoint(named)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "tokenizer.json").touch()
+    check_checkpoint(named)
+
+
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
@@ -120,7 +131,7 @@ def _write_config(directory, **values):
 @pytest.mark.parametrize(
     ("groups", "sentence"),
     [
-        ([{"kind": "KIND_GPU", "count": 1}], "computes on CPU"),
+        ([{"kind": "KIND_GPU", "count": 1}], "use KIND_CPU there, and set devices"),
         ([{"kind": "KIND_CPU", "count": 2}], "count: 1"),
         ([{"kind": "KIND_CPU", "count": 1}] * 2, "one instance"),
     ],

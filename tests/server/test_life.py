@@ -11,6 +11,7 @@ import pytest
 
 from server.process import ServerProcess
 from tiny import greedy_tokens
+from trireme.core.settings import make_settings, write_settings
 
 GREEDY = {"temperature": 0, "ignore_eos": True}
 
@@ -111,5 +112,18 @@ def test_what_cannot_work_ends_with_one_line(checkpoint, tmp_path, settings, fla
     try:
         assert server.process.wait(60) != 0
         assert sentence in server.log
+    finally:
+        server.kill()
+
+
+def test_a_stage_beyond_the_settings_is_named(checkpoint, tmp_path):
+    """As when the number of stages is edited and the models are not."""
+    server = ServerProcess(tmp_path, model=str(checkpoint), pipeline_parallel_size=2)
+    edited = make_settings({"model": str(checkpoint), "kv_cache_memory_bytes": 4 << 20})
+    (server.repository / "llm" / "1" / "model.json").write_text(write_settings(edited))
+    server.start()
+    try:
+        assert server.process.wait(60) != 0
+        assert "model stage_1: parameter `stage` is '1': model.json has 1 stages" in server.log
     finally:
         server.kill()

@@ -30,7 +30,7 @@ class Stage:
         settings = read_settings(model_json(args))
         check_checkpoint(settings)
         check_devices(settings)
-        stage = int(config["parameters"]["stage"]["string_value"])
+        stage = _number_of(config, settings)
         self._run_dir = run_dir()
         self._service = None if settings.eplb is None else _Service(stage)
         push = None if self._service is None else self._service.courier.push
@@ -74,6 +74,18 @@ class _Service:
     def _push(self, push: Push) -> Offer:
         time.sleep(max(0.0, self._begins_at - time.monotonic()))
         return open_offer(self._calls.ask(0, Parcel(pack_push(push)), _PUSH_S).packed)
+
+
+def _number_of(config: dict[str, Any], settings: Settings) -> int:
+    """Which stage of the pipeline this model is."""
+    given = config["parameters"].get("stage", {}).get("string_value")
+    if given not in map(str, range(settings.num_stages)):
+        raise Refusal(
+            f"model {config['name']}: parameter `stage` is {given!r}",
+            why=f"model.json has {settings.num_stages} stages, counted from 0",
+            fix="let `trireme repo` write the repository, which gives each stage its model",
+        )
+    return int(given)
 
 
 def _first_maps(settings: Settings, stage: int) -> Any:
