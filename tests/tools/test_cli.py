@@ -48,3 +48,11 @@ def test_repository_that_cannot_be_written(checkpoint):
     words = [str(checkpoint), str(checkpoint / "file" / "below"), "--load-format=dummy"]
     with pytest.raises(Refusal, match="cannot be written"):
         CliRunner().invoke(build(), ["repo", *words], catch_exceptions=False)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"), [(("/nowhere",), "/nowhere cannot be read"), (("/nowhere", "--steps", "few"), "steps 'few' are not two numbers")]
+)
+def test_trace_of_nothing(words, sentence):
+    with pytest.raises(Refusal, match=sentence):
+        CliRunner().invoke(build(), ["trace", *words], catch_exceptions=False)
