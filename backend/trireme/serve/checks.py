@@ -24,7 +24,6 @@ class ServerFlags:
 
     explicit: bool = False  # models can be loaded again
     metrics: bool = True
-    load_threads: int = 4
     thread_pool: int = 32
 
     @classmethod
@@ -43,7 +42,6 @@ class ServerFlags:
         return cls(
             explicit=flags.get("--model-control-mode") == "explicit",
             metrics=flags.get("--allow-metrics", "true").lower() in ("true", "1"),
-            load_threads=int(flags.get("--model-load-thread-count", cls.load_threads)),
             thread_pool=int(backend.get("thread-pool-size", cls.thread_pool)),
         )
 
@@ -66,12 +64,6 @@ def open_calls(settings: Settings) -> int:
 def check_server(settings: Settings, flags: ServerFlags) -> None:
     """Refusal where the server was started with too little for these settings."""
     models = 1 + settings.num_stages + (settings.eplb is not None)
-    if flags.load_threads < models:
-        raise Refusal(
-            f"the server loads {flags.load_threads} models at once, and this pipeline has {models}",
-            why="models that wait for each other while they load would wait for ever",
-            fix=f"start tritonserver with --model-load-thread-count={models}",
-        )
     threads = open_calls(settings)
     if flags.thread_pool < threads:
         raise Refusal(
