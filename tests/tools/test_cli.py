@@ -56,3 +56,20 @@ def test_repository_that_cannot_be_written(checkpoint):
 def test_trace_of_nothing(words, sentence):
     with pytest.raises(Refusal, match=sentence):
         CliRunner().invoke(build(), ["trace", *words], catch_exceptions=False)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("--decode", "1,few"), "'few' is no number"),
+        (("--decode", "1", "--input-len", "8-16"), "'8-16' is no number"),
+        (("--drafts", "0,x"), "'x' is no number"),
+        (("--prefill", "3by8"), "'3by8' is not understood"),
+        (("--plot", "/nowhere.json"), "a report cannot be read"),
+    ],
+)
+def test_bench_of_what_is_no_number(checkpoint, words, sentence):
+    with pytest.raises(Refusal, match=sentence):
+        CliRunner().invoke(
+            build(), ["bench", "--offline", "--model", str(checkpoint), "--load-format=dummy", *words], catch_exceptions=False
+        )
