@@ -120,6 +120,7 @@ def test_truncated_prompt(server, text):
         ({"text_input": PROMPT, "beam_width": 4}, "not supported"),
         ({"input_ids": [100000]}, "vocabulary"),
         ({"input_ids": [5] * 600}, "max_model_len"),
+        ({"text_input": "a" * (1 << 20)}, "a text of 1048576 characters is too long"),
         ({"text_input": PROMPT, "stream": True, "exclude_input_in_output": False}, "cannot be repeated"),
         ({"messages": "[]"}, "bad messages"),
         ({"text_input": PROMPT, "sampling_parameters": r'{"stop": ["\ud800"]}'}, "surrogates not allowed"),

@@ -77,7 +77,7 @@ class Front:
         self._vocab_size = spec.vocab_size
         self._has_experts = any(spec.sparse)
         self._defaults = Defaults.of(model, settings.default_max_tokens)
-        self._text = Text.read(Path(settings.tokenizer) if settings.tokenizer else model)
+        self._text = Text.read(Path(settings.tokenizer) if settings.tokenizer else model, self._max_model_len)
         self._log = logger("front")
         self._streams: dict[str, _Stream] = {}
         self._ready: queue.SimpleQueue[_Stream | None] = queue.SimpleQueue()
