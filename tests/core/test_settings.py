@@ -55,6 +55,8 @@ def test_written_settings_read_back(tmp_path):
         ({"model": "m", "sequence_parallel": 0}, "sequence_parallel=0 is none of"),
         ({"model": "m", "mtp": {"num_token": 2}}, "num_token"),
         ({"model": "m", "mtp": {"num_tokens": 16}}, "mtp asks for 16 drafts"),
+        ({"model": "m", "mtp": {"max_batch_size": -1}}, "mtp.max_batch_size=-1 is too small"),
+        ({"model": "m", "state_cache_memory_bytes": -1}, "state_cache_memory_bytes=-1 is too small"),
         ({"model": "m", "mtp": {"num_tokens": -1}}, "mtp asks for -1 drafts"),
         ({"model": "m", "eplb": {"count_every": 0}}, "eplb.count_every=0 is too small"),
         ({"model": "m", "eplb": {"policy": "fair"}}, "policy"),

@@ -313,6 +313,30 @@ def test_no_repair_in_time_ends_what_runs(start):
     assert end.finish_reason == "error" and "not answering" in str(end.error)
 
 
+def test_deadlines_may_be_as_far_as_users_please(start):
+    """Farther than an operating system can wait."""
+    stages = FakeStages(1, delay_s=0.02)
+    engine, answers = start(stages, start_timeout_s=1e12)
+    whole = simple("a", max_tokens=100)
+    answers.submit(Request(id="a", prompt=whole.prompt, sampling=whole.sampling, deadline=float("inf")))
+    stages.stages[0].state, stages.stages[0].detail = "loading", "is loading"
+    stages.fault = lambda stage, step: "rank died"
+    wait_until(lambda: "is loading" in engine.state()[0])  # nothing is due now but the end of patience
+    stages.fault = lambda stage, step: None
+    stages.stages[0].state = "ready"
+    answers.check()
+
+
+def test_texts_do_not_travel_to_the_stages(start):
+    """Nor could every string: half of a surrogate pair has no UTF-8."""
+    seen = []
+    stages = FakeStages(1, fault=lambda stage, step: seen.extend(opened.sampling for opened in step.opens))
+    _, answers = start(stages)
+    answers.submit(simple("a", stop=("\ud800", "end")))
+    answers.check()
+    assert [sampling.stop for sampling in seen] == [()]
+
+
 def test_too_few_pages_for_the_model(start):
     engine, answers = start(FakeStages(1, num_pages=3), ready=False)
     with pytest.raises(Refusal, match="cannot hold one sequence"):

@@ -32,6 +32,7 @@ def test_defaults_apply_and_can_be_overridden():
     defaults = Defaults(eos_token_ids=(2,), temperature=0.6, top_k=20, max_tokens=40)
     assert (make({}, defaults).temperature, make({}, defaults).top_k, make({}, defaults).max_tokens) == (0.6, 20, 40)
     assert make({"temperature": 0, "top_k": -1}, defaults).greedy
+    assert make({"temperature": 1e-40}).greedy and not make({"temperature": 1e-4}).greedy
     assert make({"top_k": -1}, defaults).top_k == 0
     assert make({}, defaults, prompt_len=90).max_tokens == 10
 
@@ -95,6 +96,7 @@ def test_bad_words():
         ({"max_tokens": 0}, "out of range"),
         ({"min_tokens": 9, "max_tokens": 5}, "min_tokens=9 exceeds the 5"),
         ({"min_tokens": 95}, "exceeds the 90 tokens"),
+        ({"temperature": 10**400}, "not a number"),
         ({"beam_width": 4}, "not supported"),
         ({"ignore_eos": "maybe"}, "not a boolean"),
         ({"stop": 5}, "stop holds 5"),

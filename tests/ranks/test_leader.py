@@ -137,6 +137,15 @@ def test_a_dead_late_or_mute_rank_is_started_again(lead, monkeypatch, deed):
     assert isinstance(front.take(), Outcome)
 
 
+def test_a_rank_is_started_again_where_the_run_folder_is_gone(lead, run_dir):
+    """It is empty while all is well: whoever tidies /tmp removes it, and so does the other stage of a server when it is unloaded."""
+    front = lead()
+    pid = front.await_state("ready").ranks[0].pid
+    run_dir.rmdir()
+    os.kill(pid, signal.SIGKILL)
+    front.await_state("ready", restarts=1)
+
+
 def test_a_rank_that_cannot_load_says_so_for_ever(lead):
     front = lead("refuse")
     front.post(front.steps(1)[0])

@@ -21,38 +21,32 @@ def test_flags_in_both_spellings():
     words = [
         "tritonserver",
         "--model-control-mode=explicit",
-        "--model-load-thread-count",
-        "9",
+        "--allow-metrics",
+        "false",
         "--backend-config=python,thread-pool-size=64",
     ]
-    assert ServerFlags.read(words) == ServerFlags(explicit=True, load_threads=9, thread_pool=64)
+    assert ServerFlags.read(words) == ServerFlags(explicit=True, metrics=False, thread_pool=64)
     words = ["tritonserver", "--backend-config", "python,thread-pool-size=48", "--backend-config=onnx,thread-pool-size=1"]
     assert ServerFlags.read(words) == ServerFlags(thread_pool=48)
     assert ServerFlags.read([]) == ServerFlags()
     assert not ServerFlags.read(["tritonserver", "--allow-metrics=false"]).metrics
 
 
-def test_defaults_serve_two_stages():
-    check_server(settings(pipeline_parallel_size=2), ServerFlags())
-
-
-def test_too_few_load_threads():
-    with pytest.raises(Refusal, match="--model-load-thread-count=5"):
-        check_server(settings(pipeline_parallel_size=4), ServerFlags())
+def test_defaults_serve_four_stages():
+    check_server(settings(pipeline_parallel_size=4), ServerFlags())
 
 
 def test_too_small_thread_pool():
     with pytest.raises(Refusal, match="thread-pool-size=38"):
-        check_server(settings(pipeline_parallel_size=5), ServerFlags(load_threads=8))
-    check_server(settings(pipeline_parallel_size=5), ServerFlags(load_threads=8, thread_pool=38))
+        check_server(settings(pipeline_parallel_size=5), ServerFlags())
+    check_server(settings(pipeline_parallel_size=5), ServerFlags(thread_pool=38))
 
 
-def test_eplb_is_a_model_and_takes_a_call_of_each_stage():
+def test_eplb_takes_a_call_of_each_stage():
     balanced = settings(pipeline_parallel_size=5, eplb={})
-    with pytest.raises(Refusal, match="--model-load-thread-count=7"):
-        check_server(balanced, ServerFlags(load_threads=6, thread_pool=64))
     with pytest.raises(Refusal, match="thread-pool-size=43"):
-        check_server(balanced, ServerFlags(load_threads=7, thread_pool=42))
+        check_server(balanced, ServerFlags(thread_pool=42))
+    check_server(balanced, ServerFlags(thread_pool=43))
 
 
 def test_too_little_shared_memory(monkeypatch):
@@ -68,6 +62,17 @@ def test_missing_checkpoint(tmp_path):
     with pytest.raises(Refusal, match=r"no \.safetensors"):
         check_checkpoint(settings(model=str(tmp_path)))
     check_checkpoint(settings(model=str(tmp_path), load_format="dummy", max_model_len=64))
+
+
+def test_missing_tokenizer(tmp_path):
+    """One that is named; a checkpoint may be without."""
+    _write_config(tmp_path)
+    named = settings(model=str(tmp_path), load_format="dummy", tokenizer=str(tmp_path / "elsewhere"))
+    with pytest.raises(Refusal, match=r"no tokenizer in .*elsewhere"):
+        check_checkpoint(named)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "tokenizer.json").touch()
+    check_checkpoint(named)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +125,7 @@ def _write_config(directory, **values):
 @pytest.mark.parametrize(
     ("groups", "sentence"),
     [
-        ([{"kind": "KIND_GPU", "count": 1}], "computes on CPU"),
+        ([{"kind": "KIND_GPU", "count": 1}], "use KIND_CPU there, and set devices"),
         ([{"kind": "KIND_CPU", "count": 2}], "count: 1"),
         ([{"kind": "KIND_CPU", "count": 1}] * 2, "one instance"),
     ],

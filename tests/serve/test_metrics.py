@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
 from trireme.core.control import RankState, StageState
@@ -71,10 +74,10 @@ def test_report():
     stats.verified(num_drafts=3, num_accepted=2)
     stats.verified(num_drafts=3, num_accepted=1)
     stats.observed.time_to_first_token.extend([0.004, 0.2, 100.0])
-    reporter.report()
+    reporter.send(reporter.collect())
     stats.running, stats.generation_tokens = 1, 15
     stats.observed.time_to_first_token.append(0.004)
-    reporter.report()
+    reporter.send(reporter.collect())
 
     def value(name, **labels):
         return Family.series[(f"trireme_{name}", *sorted({"model": "llm", "version": "1", **labels}.items()))]
@@ -98,6 +101,32 @@ def test_report():
     assert not reporter._metrics and not reporter._families
 
 
+STUCK = """
+import sys, time
+sys.path[:] = {path!r}
+from trireme.serve.metrics import Reporter, Sample
+libc = __import__("ctypes").PyDLL(None)  # whose calls hold the interpreter's lock
+class Family:
+    COUNTER = GAUGE = ""
+    def __init__(self, **_): pass
+    def Metric(self, labels): libc.pause()
+reporter = Reporter(Family, lambda: [Sample("requests_running", 1.0)], {{}})
+print("starts", flush=True)
+reporter.start()
+time.sleep(600)
+"""
+
+
+def test_a_server_that_is_gone_takes_the_process_along():
+    """Its answer never comes, and whoever waits for it lets no other thread run."""
+    process = subprocess.Popen([sys.executable, "-c", STUCK.format(path=sys.path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "starts\n"
+        assert process.wait(60) == -signal.SIGALRM
+    finally:
+        process.kill()
+
+
 def test_every_sample_has_a_family():
     stats = Stats(num_stages=1)
     stats.finished["stop"] += 1
@@ -111,7 +140,7 @@ def test_every_sample_has_a_family():
 def test_of_the_service():
     Family.series = {}
     reporter = Reporter(Family, lambda: eplb_samples(SEEN), {"model": "llm"})
-    reporter.report()
+    reporter.send(reporter.collect())
     at = {"layer": "3", "model": "llm", "stage": "1"}
     assert Family.series["trireme_eplb_balancedness", *sorted(at.items())] == 2 / 3
     loads = {dict(key[1:])["rank"]: value for key, value in Family.series.items() if key[0] == "trireme_eplb_expert_load"}

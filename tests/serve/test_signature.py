@@ -96,6 +96,8 @@ def test_a_client_that_names_outputs_gets_no_others():
         ({"text_input": b"hi"}, {"top_p": 7}, "out of range"),
         ({"messages": b"hello"}, {}, "not JSON"),
         ({"messages": b"[" * 100_000}, {}, "not JSON"),
+        ({"messages": rb'[{"role": "user", "content": "\ud800"}]'}, {}, "not JSON: .* surrogates"),
+        ({"text_input": b"hi", "sampling_parameters": rb'{"stop": ["\udc00"]}'}, {}, "not JSON: .* surrogates"),
         ({"sampling_parameters": b'{"text_input": 5}'}, {}, "is no text"),
         ({"sampling_parameters": b'{"input_ids": [true]}'}, {}, "no list of token ids"),
         ({"text_input": b"hi", "sampling_parameters": b'{"logprobs": []}'}, {}, "not a whole number"),

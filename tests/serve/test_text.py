@@ -200,3 +200,16 @@ def test_template_features(tmp_path):
     assert text is not None
     rendered = text.render([{"role": "user", "content": "<é>", "name": None}, {"role": "user", "content": "2"}], tools=[{"a": 1}], mood="!")
     assert rendered == '<s>{"role": "user", "content": "<é>"}[\n {\n  "a": 1\n }\n]!'
+
+
+def test_what_cannot_be_a_prompt_is_refused_unread(tmp_path):
+    """No text of as many characters is of so few tokens."""
+    directory = save(byte_level(), tmp_path)
+    longest = max(map(len, byte_level().get_vocab()))  # in which a byte is a character
+    text = Text.read(directory, max_tokens=10)
+    assert text is not None and len(text.encode("<|im_start|>" * 10)) == 10
+    for encode in (text.encode, text.encode_word):
+        with pytest.raises(Refusal, match=f"a text of {10 * longest + 1} characters is too long"):
+            encode("a" * (10 * longest + 1))
+    unbound = Text.read(directory)
+    assert unbound is not None and len(unbound.encode("a" * 1000)) > 10

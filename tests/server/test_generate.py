@@ -8,6 +8,7 @@ import time
 import pytest
 
 from tiny import greedy_tokens
+from trireme.core.control import Join, Status, pack_ask
 
 PROMPT = "the capital of France is"
 GREEDY = {"temperature": 0, "ignore_eos": True}
@@ -119,8 +120,10 @@ def test_truncated_prompt(server, text):
         ({"text_input": PROMPT, "beam_width": 4}, "not supported"),
         ({"input_ids": [100000]}, "vocabulary"),
         ({"input_ids": [5] * 600}, "max_model_len"),
+        ({"text_input": "a" * (1 << 20)}, "a text of 1048576 characters is too long"),
         ({"text_input": PROMPT, "stream": True, "exclude_input_in_output": False}, "cannot be repeated"),
         ({"messages": "[]"}, "bad messages"),
+        ({"text_input": PROMPT, "sampling_parameters": r'{"stop": ["\ud800"]}'}, "surrogates not allowed"),
         ({"text_input": PROMPT, "timeout_s": 0.001, "max_tokens": 400, "ignore_eos": True}, "deadline"),
     ],
 )
@@ -129,6 +132,15 @@ def test_bad_requests_get_a_sentence(server, body, sentence):
     assert 400 <= status < 600 and sentence in answer["error"], answer
     status, answer = server.generate(text_input="ok", max_tokens=1)
     assert status == 200
+
+
+@pytest.mark.parametrize("message", [b"", b"S", pack_ask(Status()), pack_ask(Join(10**6)), bytes(32) + pack_ask(Join(10**6))])
+def test_stages_take_orders_from_their_own_server_alone(server, message):
+    tensor = {"name": "MESSAGE", "shape": [len(message)], "datatype": "UINT8", "data": list(message)}
+    status, answer = server.post("/v2/models/stage_0/infer", {"inputs": [tensor]})
+    assert status == 400 and "outside the server" in answer
+    status, _ = server.generate(text_input="ok", max_tokens=1)
+    assert status == 200 and " broke: " not in server.log
 
 
 def test_metrics_page(server):

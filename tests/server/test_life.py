@@ -11,6 +11,7 @@ import pytest
 
 from server.process import ServerProcess
 from tiny import greedy_tokens
+from trireme.core.settings import make_settings, write_settings
 
 GREEDY = {"temperature": 0, "ignore_eos": True}
 
@@ -29,9 +30,11 @@ def ask_many(server, prompts, num_tokens) -> tuple[list[threading.Thread], list]
 
 
 def test_tensor_link_by_hand_without_auto_complete(checkpoint, text, tmp_path):
-    """A plain server (no explicit model control); the config files alone say everything."""
+    """A plain server (no explicit model control); the config files alone say everything. It loads one model after another: none waits
+    for the next."""
+    flags = ("--disable-auto-complete-config", "--model-load-thread-count=1")
     settings = {"model": str(checkpoint), "pipeline_parallel_size": 3, "link": "tensor"}
-    with ServerProcess(tmp_path, explicit=False, flags=("--disable-auto-complete-config",), **settings) as server:
+    with ServerProcess(tmp_path, explicit=False, flags=flags, **settings) as server:
         prompt = text.encode("the capital of France")
         _, answer = server.generate(input_ids=prompt, max_tokens=12, **GREEDY)
         assert answer["output_ids"] == greedy_tokens(checkpoint, [prompt], 12)[0]
@@ -102,7 +105,6 @@ def test_a_killed_server_takes_everything_along(checkpoint, tmp_path):
     ("settings", "flags", "sentence"),
     [
         ({"model": "/nowhere"}, (), "no checkpoint in /nowhere"),
-        ({"pipeline_parallel_size": 4}, ("--model-load-thread-count=4",), "--model-load-thread-count=5"),
         ({"pipeline_parallel_size": 4, "async_depth": 1}, ("--backend-config=python,thread-pool-size=9",), "thread-pool-size=28"),
     ],
 )
@@ -111,5 +113,18 @@ def test_what_cannot_work_ends_with_one_line(checkpoint, tmp_path, settings, fla
     try:
         assert server.process.wait(60) != 0
         assert sentence in server.log
+    finally:
+        server.kill()
+
+
+def test_a_stage_beyond_the_settings_is_named(checkpoint, tmp_path):
+    """As when the number of stages is edited and the models are not."""
+    server = ServerProcess(tmp_path, model=str(checkpoint), pipeline_parallel_size=2)
+    edited = make_settings({"model": str(checkpoint), "kv_cache_memory_bytes": 4 << 20})
+    (server.repository / "llm" / "1" / "model.json").write_text(write_settings(edited))
+    server.start()
+    try:
+        assert server.process.wait(60) != 0
+        assert "model stage_1: parameter `stage` is '1': model.json has 1 stages" in server.log
     finally:
         server.kill()

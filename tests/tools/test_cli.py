@@ -48,3 +48,28 @@ def test_repository_that_cannot_be_written(checkpoint):
     words = [str(checkpoint), str(checkpoint / "file" / "below"), "--load-format=dummy"]
     with pytest.raises(Refusal, match="cannot be written"):
         CliRunner().invoke(build(), ["repo", *words], catch_exceptions=False)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"), [(("/nowhere",), "/nowhere cannot be read"), (("/nowhere", "--steps", "few"), "steps 'few' are not two numbers")]
+)
+def test_trace_of_nothing(words, sentence):
+    with pytest.raises(Refusal, match=sentence):
+        CliRunner().invoke(build(), ["trace", *words], catch_exceptions=False)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("--decode", "1,few"), "'few' is no number"),
+        (("--decode", "1", "--input-len", "8-16"), "'8-16' is no number"),
+        (("--drafts", "0,x"), "'x' is no number"),
+        (("--prefill", "3by8"), "'3by8' is not understood"),
+        (("--plot", "/nowhere.json"), "a report cannot be read"),
+    ],
+)
+def test_bench_of_what_is_no_number(checkpoint, words, sentence):
+    with pytest.raises(Refusal, match=sentence):
+        CliRunner().invoke(
+            build(), ["bench", "--offline", "--model", str(checkpoint), "--load-format=dummy", *words], catch_exceptions=False
+        )

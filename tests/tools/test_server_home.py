@@ -89,7 +89,7 @@ def test_the_command_passes_the_checks_of_its_own_models(installed, tmp_path):
         shm_prefix="p_",
     )
     flags = ServerFlags.read(argv)
-    assert flags.explicit and flags.load_threads == 7 and flags.thread_pool >= 10 * 6 + 8
+    assert flags.explicit and flags.thread_pool >= 10 * 6 + 8
 
 
 def test_free_ports_are_below_those_that_connections_get():

@@ -49,6 +49,8 @@ def test_only_what_was_said_is_chosen():
     }
     assert chosen_by(*words) == {"name": "x", **expected}
     assert chosen_by("--sp", "on")["sequence_parallel"] == "on"
+    words = ("--tensor-parallel-size", "2", "--sequence-parallel", "on", "--mtp-num-tokens", "2", "--eplb-policy", "global")
+    assert chosen_by(*words) == chosen_by("--tp", "2", "--sp", "on", "--mtp", "2", "--eplb", "global")
 
 
 def test_a_group_of_settings_keeps_what_was_not_chosen():

@@ -82,7 +82,7 @@ def bench(
     if decode or prefill:
         profiler = Profiler() if profile else None
         if decode:
-            _bench_decode(settings, decode, int(input_len), int(output_len), profiler, output)
+            _bench_decode(settings, _counts(decode), _count(input_len), _count(output_len), profiler, output)
         else:
             _bench_prefill(settings, prefill, profiler, output)
         return
@@ -91,7 +91,7 @@ def bench(
     asks = _asks(workload, requests, input_len, output_len, Path(settings.model), seed)
     asks = [replace(ask, temperature=temperature) for ask in asks]
     if drafts:
-        _bench_drafts(settings, asks, [int(number) for number in drafts.split(",")], concurrency, console, output)
+        _bench_drafts(settings, asks, _counts(drafts), concurrency, console, output)
         return
     report: dict[str, Any] = {"workload": _describe(asks)}
     with progress_bar(console, "trireme", len(asks)) as tick:
@@ -148,12 +148,14 @@ def _bench_drafts(settings: Settings, asks: Sequence[Ask], drafts: Sequence[int]
     _write(output, {"workload": _describe(asks), "drafts": rows})
 
 
-def _bench_decode(settings: Settings, batches: str, input_len: int, output_len: int, profiler: Profiler | None, output: Path) -> None:
+def _bench_decode(
+    settings: Settings, batches: Sequence[int], input_len: int, output_len: int, profiler: Profiler | None, output: Path
+) -> None:
     from trireme_tools.offline import measure_decode
 
     spec = read_spec(Path(settings.model))
     plan = str(Plan.of(settings, spec))
-    steps = measure_decode(settings, [int(batch) for batch in batches.split(",")], input_len, output_len, spec.vocab_size, profiler)
+    steps = measure_decode(settings, batches, input_len, output_len, spec.vocab_size, profiler)
     table = Table("sequences", "decode step, ms", "prompt tokens/s", title=f"{plan}: {input_len} in, {output_len} out, all at once")
     for step in steps:
         table.add_row(str(step.batch), f"{step.step_ms:.2f}", f"{step.batch * input_len / step.first_s:.0f}")
@@ -192,6 +194,18 @@ def _profiled(profiler: Profiler | None) -> dict[str, Any]:
     return {"profile": as_json(profiler.profiles)}
 
 
+def _counts(text: str) -> list[int]:
+    """Of "1,32"."""
+    return [_count(number) for number in text.split(",")]
+
+
+def _count(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise Refusal(f"{text!r} is no number", why="it counts sequences, drafts or tokens", fix="write 32, or several as 1,32") from None
+
+
 def _prompts(text: str) -> tuple[int, int]:
     """(prompts, tokens of each) of "1024" or "32x1024"."""
     many, _, length = text.rpartition("x")
@@ -206,7 +220,10 @@ def _prompts(text: str) -> tuple[int, int]:
 def _plot(reports: Sequence[Path], output: Path) -> None:
     from trireme_tools.plots import plot_decode, plot_prefill
 
-    read = [json.loads(path.read_text()) for path in reports]
+    try:
+        read = [json.loads(path.read_text()) for path in reports]
+    except (OSError, ValueError) as error:
+        raise Refusal("a report cannot be read", why=str(error), fix="name files that --prefill or --decode wrote") from None
     kinds = {kind for kind in ("prefill", "decode") if all(kind in report for report in read)}
     if not kinds:
         raise Refusal("these reports are not of one kind", why="all are of --prefill, or all of --decode", fix="name reports of one kind")

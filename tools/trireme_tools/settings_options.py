@@ -18,7 +18,7 @@ from trireme.models.planner import SETTINGS
 
 @dataclass(frozen=True)
 class Flag:
-    """How one setting is spelt on the command line; `name` None: as the setting itself."""
+    """How one setting is said on the command line: as it is spelt, and where it has a `name`, shorter."""
 
     help: str
     name: str | None = None
@@ -194,12 +194,13 @@ def _struct(hint: Any) -> type:
 
 
 def _option(name: str, flag: Flag) -> inspect.Parameter:
-    spelling = flag.name or f"--{_parameter(name).replace('_', '-')}"
+    spelling = f"--{_parameter(name).replace('_', '-')}"
     group, _, field = name.rpartition(".")
     hint = get_type_hints(_struct(get_type_hints(Settings)[group]) if group else Settings)[field]
     kinds = (bool, int, float) if flag.read is None else ()
     plain = next((kind for kind in kinds if kind is hint or kind in get_args(hint)), str)  # a str is checked by make_settings
     if plain is bool:
         spelling = f"{spelling}/--no-{spelling.removeprefix('--')}"
-    option = typer.Option(spelling, help=flag.help, rich_help_panel="Settings", show_default=False)
+    spellings = [flag.name, spelling] if flag.name else [spelling]
+    option = typer.Option(*spellings, help=flag.help, rich_help_panel="Settings", show_default=False)
     return inspect.Parameter(_parameter(name), inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[plain | None, option])

@@ -50,6 +50,7 @@ class Supervisor:
     server: subprocess.Popen | None = field(default=None, init=False)
     _shm_prefix: str = field(default="", init=False)
     _held: HeldPorts | None = field(default=None, init=False)
+    _front: psutil.Process | None = field(default=None, init=False)  # as last seen
     stopping: bool = field(default=False, init=False)
 
     def __enter__(self) -> Supervisor:
@@ -182,12 +183,11 @@ class Supervisor:
         return None
 
     def _front_died(self) -> bool:
-        """Whether the server believes in the front but its process is gone (a zombie has no arguments)."""
-        for process in self._family():
-            with contextlib.suppress(psutil.Error):
-                argv = process.cmdline()
-                if len(argv) > _STUB_INSTANCE and argv[_STUB_INSTANCE].startswith(f"{FRONT}_"):
-                    return False
+        """Whether the server believes in the front but its process is gone."""
+        if self._front is None or not _is_front(self._front):  # to look at every process of the host twice a second would be felt
+            self._front = next(filter(_is_front, self._family()), None)
+        if self._front is not None:
+            return False
         with contextlib.suppress(OSError, ValueError):
             states = {model["name"]: model.get("state") for model in self._post("/v2/repository/index", {}, timeout_s=5.0)}
             return states.get(FRONT) == "READY"
@@ -261,6 +261,15 @@ class HeldPorts:
                 probe.bind((address, port))
             except OSError as error:
                 raise Refusal(f"{name} port {port} is taken", why=error.strerror or str(error), fix=fix) from None
+
+
+def _is_front(process: psutil.Process) -> bool:
+    """By its arguments, of which a zombie has none."""
+    try:
+        argv = process.cmdline()
+    except psutil.Error:
+        return False
+    return len(argv) > _STUB_INSTANCE and argv[_STUB_INSTANCE].startswith(f"{FRONT}_")
 
 
 def _die_with_parent() -> None:

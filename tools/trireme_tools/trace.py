@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from trireme.core.refusal import Refusal
 from trireme_tools.serve import settings_of
 from trireme_tools.settings_options import override, settings_options
 from trireme_tools.timeline import Bar, bubble_ratio, chrome_trace, read_bars
@@ -31,19 +32,34 @@ def trace(
     from trireme_tools.plots import plot_pipeline
 
     console = Console()
-    bars = read_bars(file.read_text().splitlines()) if file else _offline(model, requests, output_len, chosen)
+    first, last = _span(steps)
+    bars = _bars_of(file) if file else _offline(model, requests, output_len, chosen)
     last_epoch = max(bar.epoch for bar in bars)
     bars = [bar for bar in bars if bar.epoch == last_epoch]
     output.parent.mkdir(parents=True, exist_ok=True)
     output.with_suffix(".json").write_text(json.dumps(chrome_trace(bars)))
-    first, _, last = steps.partition("-")
-    drawn = [bar for bar in bars if int(first) <= bar.number <= int(last or first)] or bars
+    drawn = [bar for bar in bars if first <= bar.number <= last] or bars
     ratios = bubble_ratio(bars)
     title = f"{len({bar.number for bar in bars})} steps; bubbles {', '.join(f'{ratio:.0%}' for ratio in ratios.values())}"
     plot_pipeline(drawn, output.with_suffix(".png"), title)
     for stage, ratio in ratios.items():
         console.print(f"stage {stage}: bubble ratio {ratio:.3f}")
     console.print(f"written: {output.with_suffix('.json')} (ui.perfetto.dev), {output.with_suffix('.png')}")
+
+
+def _span(steps: str) -> tuple[int, int]:
+    """First and last of "3-60", or of "3"."""
+    first, _, last = steps.partition("-")
+    if not (first.isdecimal() and (last or first).isdecimal()):
+        raise Refusal(f"steps {steps!r} are not two numbers", why="they are drawn from the first to the last", fix="write --steps 0-60")
+    return int(first), int(last or first)
+
+
+def _bars_of(file: Path) -> list[Bar]:
+    try:
+        return read_bars(file.read_text().splitlines())
+    except (OSError, UnicodeDecodeError) as error:
+        raise Refusal(f"{file} cannot be read", why=str(error), fix="give the file that step_trace names") from None
 
 
 def _offline(model: Path | None, requests: int, output_len: str, chosen: dict[str, Any]) -> list[Bar]:
@@ -55,4 +71,4 @@ def _offline(model: Path | None, requests: int, output_len: str, chosen: dict[st
         settings = override(settings_of(model, chosen), {"step_trace": str(path)})
         vocab_size = json.loads((Path(settings.model) / "config.json").read_text())["vocab_size"]
         measure(settings, make_workload(requests, "16-256", output_len, vocab_size), requests, lambda count: None)
-        return read_bars(path.read_text().splitlines())
+        return _bars_of(path)

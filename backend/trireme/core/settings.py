@@ -196,6 +196,8 @@ _AT_LEAST = {
     "kv_cache_memory_bytes": 1,
     "gpu_memory_utilization": 0.01,
     "num_pages": 1,
+    "state_cache_memory_bytes": 0,
+    "mtp.max_batch_size": 0,
     "pipeline_parallel_size": 1,
     "tensor_parallel_size": 1,
     "context_parallel_size": 1,

@@ -195,7 +195,7 @@ class Engine:
         if self._ready.is_set() and self._scheduler.num_in_flight and not self._probing:
             due.append(self._heard_at + _PROBE_AFTER_S)
         times = [when for when in due if when is not None]
-        return max(0.0, min(times) - time.monotonic()) if times else None
+        return min(max(0.0, min(times) - time.monotonic()), threading.TIMEOUT_MAX) if times else None
 
     def _handle(self, event: _Event) -> None:
         match event:

@@ -68,6 +68,7 @@ _RANGES = {
     "prompt_logprobs": _Range(int, 0, 20),
 }
 _OTHERS = ("stop", "stop_token_ids", "bad_words", "logit_bias", "ignore_eos", "end_id", "pad_id", "return_log_probs")
+_GREEDY_BELOW = 1e-5  # temperatures, as in vLLM: logits divided by one near 0 are infinite, and which is the highest is lost
 
 
 class Defaults(msgspec.Struct, frozen=True, kw_only=True):
@@ -131,6 +132,7 @@ def make_sampling(
             fix="lower min_tokens or raise max_tokens",
         )
     seed = numbers.get("seed", -1)
+    temperature = numbers.get("temperature", defaults.temperature)
     top_k = numbers.get("top_k", defaults.top_k)
     logprobs = numbers.get("logprobs")
     if logprobs is None and _flag("return_log_probs", given.get("return_log_probs", False)):
@@ -138,7 +140,7 @@ def make_sampling(
     return Sampling(
         max_tokens=max_tokens,
         min_tokens=min(min_tokens, max_tokens),
-        temperature=numbers.get("temperature", defaults.temperature),
+        temperature=0.0 if temperature < _GREEDY_BELOW else temperature,
         top_k=max(0, top_k) if top_k < vocab_size else 0,
         top_p=numbers.get("top_p", defaults.top_p),
         min_p=numbers.get("min_p", defaults.min_p),
@@ -221,7 +223,7 @@ def _as_number(name: str, value: Any, kind: type) -> int | float:
         if not math.isfinite(number) or (kind is int and number != int(number)):
             raise ValueError
         return kind(number)
-    except ValueError:
+    except (ValueError, OverflowError):
         wanted = "a whole number" if kind is int else "a number"
         raise Refusal(f"{name}={value!r} is not {wanted}", why=f"{name} is {wanted}", fix=f"send {name} as {wanted}") from None
 

@@ -74,6 +74,7 @@ class Sequence:
             sampling,
             n=1,
             seed=(sampling.seed + index) & (1 << 63) - 1,
+            stop=(),  # text is not for the ranks
             prompt_logprobs=sampling.prompt_logprobs if index == 0 else None,  # one prompt, asked once
         )
         self.stops = frozenset(sampling.stop_token_ids)

@@ -84,7 +84,7 @@ class Leader:
     ):
         """`maps`: of experts, that the stage begins with, int32 [num_slots] by layer, where not trivial. `push` gets what the experts
         were given, from any thread, and returns at once; what comes of it is for `prepare`."""
-        self._settings, self._stage, self._run_dir = settings, stage, run_dir
+        self._settings, self._stage = settings, stage
         self._log = logger(f"stage_{stage}")
         launcher = launcher or LocalLauncher()
         self._ranks = [Rank(settings, stage, rank, run_dir, launcher, self._log) for rank in range(settings.ranks_per_stage)]
@@ -104,7 +104,6 @@ class Leader:
 
     def start(self) -> None:
         """Returns at once; ranks load meanwhile."""
-        self._run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._ended = ""
         self._thread.start()
 

@@ -63,6 +63,7 @@ class Rank:
         self._launched = self._heard = now
         try:
             orders, ears = socket_paths(self._run_dir, self._stage, self._rank, self.life)
+            self._run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)  # anew for each life: it may be gone, since it is empty meanwhile
             answers.listen(ears)
             self._orders = OrderSocket(context, orders, ears)
             brief = Brief(

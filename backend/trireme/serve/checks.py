@@ -24,7 +24,6 @@ class ServerFlags:
 
     explicit: bool = False  # models can be loaded again
     metrics: bool = True
-    load_threads: int = 4
     thread_pool: int = 32
 
     @classmethod
@@ -43,7 +42,6 @@ class ServerFlags:
         return cls(
             explicit=flags.get("--model-control-mode") == "explicit",
             metrics=flags.get("--allow-metrics", "true").lower() in ("true", "1"),
-            load_threads=int(flags.get("--model-load-thread-count", cls.load_threads)),
             thread_pool=int(backend.get("thread-pool-size", cls.thread_pool)),
         )
 
@@ -66,12 +64,6 @@ def open_calls(settings: Settings) -> int:
 def check_server(settings: Settings, flags: ServerFlags) -> None:
     """Refusal where the server was started with too little for these settings."""
     models = 1 + settings.num_stages + (settings.eplb is not None)
-    if flags.load_threads < models:
-        raise Refusal(
-            f"the server loads {flags.load_threads} models at once, and this pipeline has {models}",
-            why="models that wait for each other while they load would wait for ever",
-            fix=f"start tritonserver with --model-load-thread-count={models}",
-        )
     threads = open_calls(settings)
     if flags.thread_pool < threads:
         raise Refusal(
@@ -90,9 +82,10 @@ def check_server(settings: Settings, flags: ServerFlags) -> None:
 
 
 def check_checkpoint(settings: Settings) -> None:
-    """Refusal where the checkpoint is not there, of an unknown kind, too small for these settings, or cannot be spread as they ask."""
+    """Refusal where the checkpoint is not there, of an unknown kind, too small for these settings, or cannot be spread as they ask; or
+    where a tokenizer is named that is not there."""
     model = Path(settings.model)
-    fix = "set `model` in model.json to a checkpoint directory (`trireme fetch-demo` makes one)"
+    fix = "set `model` to a checkpoint's directory; nothing is downloaded (`trireme fetch-demo` makes the demo's)"
     if not (model / "config.json").exists():
         raise Refusal(f"no checkpoint in {model}", why="config.json is missing", fix=fix)
     spec = read_spec(model)
@@ -104,7 +97,13 @@ def check_checkpoint(settings: Settings) -> None:
             fix=f"use max_model_len={spec.max_position_embeddings}, or leave it out",
         )
     if settings.load_format != "dummy" and not any(model.glob("*.safetensors")):
-        raise Refusal(f"no weights in {model}", why="there is no .safetensors file", fix=f"{fix}, or load_format to dummy")
+        raise Refusal(f"no weights in {model}", why="there is no .safetensors file", fix=f"{fix}, or set load_format to dummy")
+    if settings.tokenizer is not None and not Path(settings.tokenizer, "tokenizer.json").exists():
+        raise Refusal(
+            f"no tokenizer in {settings.tokenizer}",
+            why="tokenizer.json is missing",
+            fix="set `tokenizer` to the directory that has it, or leave it out",
+        )
 
 
 def check_devices(settings: Settings) -> None:
@@ -113,11 +112,15 @@ def check_devices(settings: Settings) -> None:
 
 
 def check_instance(config: dict[str, Any]) -> None:
-    """Refusal for instance groups that this version cannot serve. `config` is the model's, as `initialize` gets it."""
+    """Refusal for instance groups that cannot be served. `config` is the model's, as `initialize` gets it."""
     name = config["name"]
     for group in config.get("instance_group", []):
         if group["kind"] == "KIND_GPU":
-            raise Refusal(f"{name} asks for a GPU", why="this version computes on CPU", fix="use KIND_CPU in its instance_group")
+            raise Refusal(
+                f"{name} asks for a GPU in its instance_group",
+                why="its ranks are processes of their own, on the GPUs that `devices` in model.json names",
+                fix="use KIND_CPU there, and set devices",
+            )
         if group["count"] != 1:
             raise Refusal(
                 f"{name} asks for {group['count']} instances",

@@ -16,7 +16,7 @@ from trireme.core.refusal import Refusal
 from trireme.core.settings import read_settings
 from trireme.serve.balancing import Balancing
 from trireme.serve.checks import check_checkpoint, check_instance, server_flags
-from trireme.serve.exchange import answer_to, asked
+from trireme.serve.exchange import answer_to, asked, send_error
 from trireme.serve.metrics import Reporter, Sample, eplb_samples
 from trireme.serve.place import model_json
 from trireme.serve.repository import FRONT
@@ -45,17 +45,15 @@ class Eplb:
             self._reporter.start()  # only now: before the model is loaded the server does not take metrics
             self._reports = True
         for request in requests:
-            parcel = asked(request)
             try:
-                if parcel is not None:
+                if (parcel := asked(request)) is not None:
                     answer_to(request)(Parcel(pack_offer(self._offer(parcel))))
                 else:
                     self._tell(request)
             except Exception as error:
                 if not isinstance(error, Refusal):
                     self._log.exception("a request could not be answered")
-                code = pb_utils.TritonError.INVALID_ARG if isinstance(error, Refusal) else pb_utils.TritonError.INTERNAL
-                request.get_response_sender().send(pb_utils.InferenceResponse([], pb_utils.TritonError(str(error), code)), flags=_FINAL)
+                send_error(request.get_response_sender(), error)
 
     def finalize(self) -> None:
         if self._reporter is not None:

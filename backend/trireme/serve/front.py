@@ -35,7 +35,7 @@ from trireme.models.spec import read_spec
 from trireme.serve.answer import Answer, Values
 from trireme.serve.bls import SETTLE_S, BlsStages
 from trireme.serve.checks import check_checkpoint, check_devices, check_instance, check_server, server_flags
-from trireme.serve.exchange import ask
+from trireme.serve.exchange import ask, send_error
 from trireme.serve.metrics import Reporter, Sample, samples, service_samples, stage_samples
 from trireme.serve.place import model_json
 from trireme.serve.repository import EPLB, stage_name
@@ -77,7 +77,7 @@ class Front:
         self._vocab_size = spec.vocab_size
         self._has_experts = any(spec.sparse)
         self._defaults = Defaults.of(model, settings.default_max_tokens)
-        self._text = Text.read(Path(settings.tokenizer) if settings.tokenizer else model)
+        self._text = Text.read(Path(settings.tokenizer) if settings.tokenizer else model, self._max_model_len)
         self._log = logger("front")
         self._streams: dict[str, _Stream] = {}
         self._ready: queue.SimpleQueue[_Stream | None] = queue.SimpleQueue()
@@ -156,10 +156,10 @@ class Front:
             try:
                 self._admit(request, sender)
             except Refusal as refusal:
-                _send_error(sender, refusal)
+                send_error(sender, refusal)
             except Exception as error:
                 self._log.exception("a request could not be read")
-                _send_error(sender, Refusal("the request could not be read", why=repr(error), kind="internal"))
+                send_error(sender, Refusal("the request could not be read", why=repr(error), kind="internal"))
 
     def _admit(self, request: Any, sender: Any) -> None:
         tensors = {tensor.name(): _values(tensor) for tensor in request.inputs()}
@@ -189,7 +189,7 @@ class Front:
                 Request(id=id, prompt=prompt, sampling=sampling, priority=order.priority, deadline=deadline, routed_experts=routed_experts),
                 lambda emission: self._receive(stream, emission),
             )
-        except Refusal:
+        except BaseException:  # also a fault of ours: nobody may ask the server about a stream that is over
             del self._streams[id]
             raise
 
@@ -259,7 +259,7 @@ class Front:
             if self._streams.pop(stream.id, None) is None:
                 return
             if error is not None:
-                _send_error(stream.sender, error)
+                send_error(stream.sender, error)
             elif response is not None:
                 stream.sender.send(response, flags=_FINAL)
             else:
@@ -288,17 +288,6 @@ def _tensor(name: str, values: Values) -> Any:
     if _DTYPES[name] is np.object_:
         return pb_utils.Tensor(name, np.array([value.encode() for value in values], dtype=np.object_))
     return pb_utils.Tensor(name, np.array(values, dtype=_DTYPES[name]))
-
-
-def _send_error(sender: Any, error: Exception) -> None:
-    """An error and FINAL."""
-    code = {
-        "invalid": pb_utils.TritonError.INVALID_ARG,
-        "unavailable": pb_utils.TritonError.UNAVAILABLE,
-        "cancelled": pb_utils.TritonError.CANCELLED,
-        "deadline": pb_utils.TritonError.UNAVAILABLE,  # the server has no code for it
-    }.get(getattr(error, "kind", "internal"), pb_utils.TritonError.INTERNAL)
-    sender.send(pb_utils.InferenceResponse([], pb_utils.TritonError(str(error), code)), flags=_FINAL)
 
 
 def _reload(model: str) -> None:

@@ -6,6 +6,8 @@ here and sent as the counters that a Prometheus histogram consists of (`_bucket`
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -18,6 +20,7 @@ from trireme.engine.stats import Stats
 from trireme.serve.bls import BlsStages
 
 METRICS_PERIOD_S = 1.0
+_LOST_S = 10  # that the few hundred calls of one report may take
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)  # seconds
 _RANK_STATES = ("starting", "loading", "ready", "dead", "failed")
 
@@ -200,20 +203,24 @@ class Reporter:
     def _run(self) -> None:
         while not self._stop.wait(METRICS_PERIOD_S):
             try:
-                self.report()
+                found = self.collect()
+                with _or_end(_LOST_S):
+                    self.send(found)
             except Exception as error:  # the server runs without metrics, or is about to end
                 logger("front").warning("metrics are not reported: %s", error)
                 return
 
-    def report(self) -> None:
+    def collect(self) -> list[Sample]:
+        """Every series as it is now."""
         if self._stats is not None:
             for name, seconds in self._stats.drain().items():
                 self._histograms[name].add(seconds)
-        for sample in self._read():
+        return [*self._read(), *(sample for histogram in self._histograms.values() for sample in histogram.samples())]
+
+    def send(self, found: Iterable[Sample]) -> None:
+        """What changed, to the server."""
+        for sample in found:
             self._send(sample)
-        for histogram in self._histograms.values():
-            for sample in histogram.samples():
-                self._send(sample)
 
     def _send(self, sample: Sample) -> None:
         key = (sample.name, sample.labels)
@@ -231,3 +238,15 @@ class Reporter:
         elif sample.value:  # one at 0 is only shown
             self._metrics[key].increment(sample.value - (last or 0.0))
         self._last[key] = sample.value
+
+
+@contextlib.contextmanager
+def _or_end(limit_s: int) -> Iterator[None]:
+    """End this process where what is done here takes longer. A call of the server's metrics API holds the interpreter's lock until it is
+    answered. One to a server that has just been killed never is, and no thread of this process could do anything about it (seen on
+    24.10): it would live on for ever."""
+    signal.alarm(limit_s)  # nobody handles it here, and what it does then takes no lock
+    try:
+        yield
+    finally:
+        signal.alarm(0)

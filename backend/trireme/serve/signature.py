@@ -260,8 +260,12 @@ def _flat(name: str, values: Sequence[Any]) -> Any:
 
 
 def _json(name: str, packed: Any) -> Any:
+    if not isinstance(packed, str):
+        return packed
     try:
-        return json.loads(packed) if isinstance(packed, str) else packed
+        value = json.loads(packed)
+        json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair (\ud800) passes for JSON, and is no text
+        return value
     except (ValueError, RecursionError) as error:
         raise Refusal(f"{name} is not JSON", why=str(error), fix="check the quotes and brackets") from None
 

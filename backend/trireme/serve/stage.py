@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trireme.core.control import Offer, Parcel, Push, open_offer, pack_push
+from trireme.core.refusal import Refusal
 from trireme.core.settings import Settings, read_settings
 from trireme.models.spec import read_spec
 from trireme.ranks.courier import Courier
@@ -14,7 +15,7 @@ from trireme.ranks.leader import Leader
 from trireme.serve.balancing import first_maps
 from trireme.serve.bls import SETTLE_S, BlsCalls
 from trireme.serve.checks import check_checkpoint, check_devices, check_instance
-from trireme.serve.exchange import answer_to, ask, asked
+from trireme.serve.exchange import answer_to, ask, asked, send_error
 from trireme.serve.place import leave, model_json, run_dir
 from trireme.serve.repository import EPLB, stage_name
 
@@ -29,7 +30,7 @@ class Stage:
         settings = read_settings(model_json(args))
         check_checkpoint(settings)
         check_devices(settings)
-        stage = int(config["parameters"]["stage"]["string_value"])
+        stage = _number_of(config, settings)
         self._run_dir = run_dir()
         self._service = None if settings.eplb is None else _Service(stage)
         push = None if self._service is None else self._service.courier.push
@@ -40,9 +41,12 @@ class Stage:
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
-            parcel = asked(request)
-            assert parcel is not None, "the server refuses a request without it"
-            self._leader.post(parcel, answer_to(request))
+            try:
+                parcel = asked(request)
+                assert parcel is not None, "the server refuses a request without it"
+                self._leader.post(parcel, answer_to(request))
+            except Refusal as refusal:
+                send_error(request.get_response_sender(), refusal)
 
     def finalize(self) -> None:
         if self._service is not None:
@@ -70,6 +74,18 @@ class _Service:
     def _push(self, push: Push) -> Offer:
         time.sleep(max(0.0, self._begins_at - time.monotonic()))
         return open_offer(self._calls.ask(0, Parcel(pack_push(push)), _PUSH_S).packed)
+
+
+def _number_of(config: dict[str, Any], settings: Settings) -> int:
+    """Which stage of the pipeline this model is."""
+    given = config["parameters"].get("stage", {}).get("string_value")
+    if given not in map(str, range(settings.num_stages)):
+        raise Refusal(
+            f"model {config['name']}: parameter `stage` is {given!r}",
+            why=f"model.json has {settings.num_stages} stages, counted from 0",
+            fix="let `trireme repo` write the repository, which gives each stage its model",
+        )
+    return int(given)
 
 
 def _first_maps(settings: Settings, stage: int) -> Any:

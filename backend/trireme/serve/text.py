@@ -19,15 +19,16 @@ _HALF = "\ufffd"  # how a decoder shows bytes that are no whole character (yet)
 
 
 class Text:
-    """The tokenizer and chat template of one checkpoint; thread-safe."""
+    """The tokenizer and chat template of one checkpoint; thread-safe. `max_tokens`: that a text may be of; None: any number."""
 
-    def __init__(self, tokenizer: Tokenizer, chat: ChatTemplate | None = None):
+    def __init__(self, tokenizer: Tokenizer, chat: ChatTemplate | None = None, max_tokens: int | None = None):
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer, self._chat = tokenizer, chat
+        self._max_tokens, self._longest = max_tokens, max(map(len, tokenizer.get_vocab()))  # characters of a token
 
     @classmethod
-    def read(cls, directory: Path) -> Text | None:
+    def read(cls, directory: Path, max_tokens: int | None = None) -> Text | None:
         """Of tokenizer.json, tokenizer_config.json and chat_template.jinja; None where there is no tokenizer.json."""
         path = directory / "tokenizer.json"
         if not path.exists():
@@ -38,10 +39,17 @@ class Text:
         except Exception as error:  # the library raises bare Exception
             raise Refusal(f"{path} cannot be read", why=str(error), fix="fetch the checkpoint again") from None
         source = _template_source(directory, config)
-        return cls(tokenizer, ChatTemplate(source, _special_tokens(config)) if source else None)
+        return cls(tokenizer, ChatTemplate(source, _special_tokens(config)) if source else None, max_tokens)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids; equal to transformers' AutoTokenizer, whose rules for a prefix such as bos are in tokenizer.json."""
+        """Token ids; equal to transformers' AutoTokenizer, whose rules for a prefix such as bos are in tokenizer.json. Refusal for a text
+        that cannot be of so few tokens as it may: to find out how many takes a minute and a GiB for some MB (measured)."""
+        if self._max_tokens is not None and len(text) > self._max_tokens * self._longest:
+            raise Refusal(
+                f"a text of {len(text)} characters is too long",
+                why=f"at most {self._max_tokens} tokens fit, and none has more than {self._longest} characters",
+                fix="shorten it, or raise max_model_len",
+            )
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
     def encode_word(self, text: str) -> list[int]:
