@@ -61,6 +61,15 @@ def test_where_rows_are_cut_memory_for_mail_is_no_keys_and_values():
     assert predict(LLAMA_70B, **sizes | {"device": DEVICES["CPU"]}, sequence_parallel="on").fullest.mailbox == 0
 
 
+def test_gpus_decode_without_sequence_parallelism_unless_told_the_rows():
+    whole, on, told = ({"tensor_parallel_size": 2, "sequence_parallel": sp} for sp in ("off", "on", 16))
+    roomy = replace(H100, memory_bytes=141 * GIB)
+    times = [predict(QWEN3_30B, device=roomy, **sizes).decode_s for sizes in (whole, on, told)]
+    assert times[0] == times[1] < times[2]
+    cpus = [predict(QWEN3_30B, device=replace(roomy, is_gpu=False), **sizes).decode_s for sizes in (whole, on)]
+    assert cpus[0] < cpus[1]
+
+
 def test_a_sequence_of_a_hybrid_model_takes_states_and_few_pages():
     """Of 40 layers 10 keep two heads' keys and values of 256 numbers. 30 keep the last three of 8192 inputs, and 32 matrices of
     128 x 128 in float32; twice, since a snapshot may stay for whoever begins alike."""

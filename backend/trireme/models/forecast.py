@@ -141,7 +141,7 @@ def forecast(spec: Spec, plan: Plan, settings: Settings, device: Device, demand:
             rank,
             weights=rank_param_bytes(spec, plan, stage, rank, item_bytes),
             activations=work,
-            mailbox=mailbox_bytes(spec, plan, item_bytes) if device.mails else 0,
+            mailbox=mailbox_bytes(spec, plan, item_bytes) if device.is_gpu else 0,
             kv_per_token=kv_bytes_per_token(spec, plan, stage, item_bytes),
             state=state_bytes(spec, plan, stage, item_bytes),
             held=held_bytes(spec, plan, stage, item_bytes),
@@ -162,7 +162,8 @@ def forecast(spec: Spec, plan: Plan, settings: Settings, device: Device, demand:
 
     num_steps = min(plan.pp, held.concurrent)
     rows = ceil(held.concurrent / num_steps)
-    regime = Regime.of([1] * rows, settings.sp_from, plan.cp)
+    measured = device.is_gpu and settings.sequence_parallel == "on"  # by ranks, for more rows than any decode has (ranks/regimes.py)
+    regime = Regime.of([1] * rows, None if measured else settings.sp_from, plan.cp)
     hops_s = plan.pp * device.reach.hop_s
 
     def token_s(clock: _Clock) -> float:

@@ -29,7 +29,7 @@ class Device:
     flops_32: float  # a second, in float32
     bandwidth: float  # bytes a second, of its memory
     link: float  # bytes a second, each way, to the other devices of its host
-    mails: bool = True  # whether ranks put rows into each other's memory
+    is_gpu: bool = True
     reach: Reach = Reach()
 
     @property
@@ -52,7 +52,7 @@ DEVICES: Mapping[str, Device] = MappingProxyType(
             Device(name="A100", memory_bytes=80 * GIB, flops_16=312e12, flops_32=19.5e12, bandwidth=2.04e12, link=300e9),  # SXM
             Device(name="L40S", memory_bytes=48 * GIB, flops_16=362e12, flops_32=91.6e12, bandwidth=0.864e12, link=32e9),  # PCIe 4
             # No data sheet: a socket of a server to its order of magnitude, with a process a rank that share its memory.
-            Device(name="CPU", memory_bytes=64 * GIB, flops_16=2e12, flops_32=2e12, bandwidth=0.2e12, link=10e9, mails=False),
+            Device(name="CPU", memory_bytes=64 * GIB, flops_16=2e12, flops_32=2e12, bandwidth=0.2e12, link=10e9, is_gpu=False),
         )
     }
 )

@@ -64,15 +64,16 @@ def arrivals(most_rows: int, num_slots: int, top_k: int) -> Iterator[int]:
     return _doubled(1, min(most_rows * top_k, _COME * max(8, num_slots)))
 
 
-def tiles(most_rows: int) -> Iterator[int]:
+def tiles(most_rows: int) -> list[int]:
     """Numbers of rows for which cuBLAS chooses most of the kernels that it has for up to `most_rows`. One is loaded when it is first
     launched, and whoever does that waits until the device has nothing left to do. Which one it is changes with every few rows, in the
-    qkv of Qwen3-8B between 85 up to 8192 rows: hence all numbers up to 256, then steps of odd numbers, so that all remainders come."""
-    num_rows = 1
+    qkv of Qwen3-8B between 85 up to 8192 rows: hence all numbers up to 256, then steps of odd numbers, so that all remainders come.
+    The largest is first: its memory does for all."""
+    found, num_rows = [most_rows], 1
     while num_rows < most_rows:
-        yield num_rows
+        found.append(num_rows)
         num_rows += 1 if num_rows < _EACH else max(_LEAST_STEP, num_rows // _PARTS | 1)
-    yield most_rows
+    return sorted(found, reverse=True)
 
 
 def _mixed(place: int, most_items: int, most_rows: int) -> Iterator[np.ndarray]:
