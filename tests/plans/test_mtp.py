@@ -16,6 +16,7 @@ from plans.whole import assert_same_tokens, emissions_of, tokens_of
 from tiny import greedy_tokens, oracle, random_prompts, tiny_checkpoint
 from trireme.core.request import Request, Sampling
 from trireme.core.settings import Settings, make_settings
+from trireme.engine.chain import Chain
 from trireme_tools import offline
 
 pytestmark = pytest.mark.ranks
@@ -59,9 +60,12 @@ def settings(folder: Path, plan: str, num_drafts: int, **values) -> Settings:
 
 
 @pytest.mark.parametrize(("family", "plan", "num_drafts", "values"), CASES)
-def test_greedy_tokens_are_transformers(pool, checkpoints, expected, family, plan, num_drafts, values):
-    """Twice, so that the second time there are pages and states to reuse; with few pages sequences are preempted."""
+def test_greedy_tokens_are_transformers(pool, checkpoints, expected, monkeypatch, family, plan, num_drafts, values):
+    """Twice, so that the second time there are pages and states to reuse; with few pages sequences are preempted. Most steps that
+    verify are planned before the one before them is answered."""
     folder, greedy = checkpoints[family], Sampling(max_tokens=NUM_TOKENS, temperature=0.0)
+    unsettled, send = [], Chain.send
+    monkeypatch.setattr(Chain, "send", lambda self, step, timeout_s: (unsettled.append(bool(step.unsettled)), send(self, step, timeout_s)))
     with offline.running(settings(folder, plan, num_drafts, **values), pool) as engine:
         for time in ("first", "again"):
             requests = [Request(id=f"{time} {i}", prompt=prompt, sampling=greedy) for i, prompt in enumerate(PROMPTS)]
@@ -74,6 +78,7 @@ def test_greedy_tokens_are_transformers(pool, checkpoints, expected, family, pla
         stats = engine.stats
         assert 0 < stats.accepted_tokens < stats.drafted_tokens <= stats.verifications * num_drafts
         assert stats.preemptions > 0 or "num_pages" not in values, "the pool is meant to be too small"
+        assert any(unsettled) == (values.get("async_depth") != 0 and values.get("link") != "tensor")
         assert (stats.cp_steps > 0) == ("cp" in plan) and (stats.sp_steps > 0) == ("sp" in plan.split())
 
 

@@ -251,8 +251,8 @@ class Scheduler:
             else:
                 num_steps = -(-num_steps // 2)  # every other step is for prompts
         most = limits.max_micro_batch_size or -(-int(np.count_nonzero(decodes)) // num_steps)
-        drafts = self._drafts is not None
-        ready = slots.ready(decodes, number, self._num_returned, limits.num_stages, ahead=ahead, unsettled=drafts and self._unsettled)
+        unsettled = self._drafts is not None and self._unsettled and not self.records  # for which leaders must know where rows stand
+        ready = slots.ready(decodes, number, self._num_returned, limits.num_stages, ahead=ahead, unsettled=unsettled)
         chosen = ready[: min(most, room)] if ahead else slots.deal(ready, decodes, min(most, room))
         if self._drafts is not None:
             self._drafts.keep(chosen, room - len(chosen), self._pages.num_free, self._num_returned)

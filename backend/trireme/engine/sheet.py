@@ -87,7 +87,8 @@ class Sheet:
         verifies = sum(rows) > len(self.sampled)
         at = self.routed
         routed = list(zip(at.tolist(), starts[at].tolist(), counts[at].tolist(), strict=True))
-        return Flight(self.number, self.sequences, (starts + counts).tolist(), rows, self.sampled, self.prompt_rows, self.drafts, verifies, routed)
+        ends = (starts + counts).tolist()
+        return Flight(self.number, self.sequences, ends, rows, self.sampled, self.prompt_rows, self.drafts, verifies, routed)
 
     def step(self, epoch: int, limits: Limits, snapshots: Snapshots, maps: list[int], *, records: bool = False) -> Step:
         """The whole. Snapshots are taken only now: one that is saved by this step is there for the next. `maps`: version of each

@@ -90,7 +90,7 @@ class Runner:
         self._mixtures = Mixtures(decoder, settings) if decoder.mixtures and decoder.build.plan.eplb else None
         self._fed = FedTokens(settings.max_num_seqs, steps_in_flight(settings), device)
         self._settle = Settle(settings.max_num_seqs, decoder.build.plan.mtp, steps_in_flight(settings))
-        self._aside = torch.cuda.Stream(device, priority=-1) if device.type != "cpu" and decoder.build.plan.mtp else None  # of what settles steps
+        self._aside = torch.cuda.Stream(device, priority=-1) if device.type != "cpu" else None  # for what settles steps
         self._watch: Stopwatch | None = None  # of the last step
         self._graphs: Graphs | None = None
         self._chains: Chains | None = None
@@ -299,7 +299,7 @@ class Runner:
         if self._is_last:
             return ToldTokens(self._joined.expect_tokens(step.num_told), len(rows.sampled))
         begin, limit_s = partial(self._fed.collect, step.number), self._settings.step_timeout_s
-        brought = Brought(self._joined, step.num_told, self._aside, limit_s, begin)
+        brought = Brought(self._joined.expect_tokens, step.num_told, self._aside, limit_s, begin)
         self._settle.owe(step, rows, brought)
         return ToldTokens(brought, len(rows.sampled))
 

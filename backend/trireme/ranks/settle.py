@@ -20,7 +20,7 @@ import torch
 
 from trireme.core.step import Step, accepted, array, ints
 from trireme.parallel.comm import reach
-from trireme.parallel.link import ExpectedTokens, Link
+from trireme.parallel.link import ExpectedTokens
 from trireme.ranks.rows import Rows
 from trireme.ranks.staging import download
 
@@ -68,7 +68,7 @@ class Settle:
         """The step with its unsettled items as they are. May wait for the device."""
         items, slots = array(step.unsettled), array(step.slots)
         wanted = slots[items]
-        while self._owed and any(np.isin(wanted, owed.rows.slots[owed.rows.samples > 0]).any() for owed in self._owed):
+        while any(np.isin(wanted, owed.rows.slots[owed.rows.samples > 0]).any() for owed in self._owed):
             self._take(self._owed.popleft(), give_up)
         starts, counts, tokens, stands = array(step.starts).copy(), array(step.counts), array(step.tokens).copy(), self._stands[wanted]
         starts[items] += stands
@@ -114,11 +114,18 @@ class Brought:
     """In stage 0: what the link brings. On a GPU it comes beside what is computed, on `stream`. The link brings one step's after
     another's: `begin` calls `wait` of those before, and this one's."""
 
-    def __init__(self, link: Link, num_told: int, stream: torch.cuda.Stream | None, limit_s: float, begin: Callable[[], None]):
+    def __init__(
+        self,
+        expect: Callable[[int], ExpectedTokens],  # a link's expect_tokens
+        num_told: int,
+        stream: torch.cuda.Stream | None,
+        limit_s: float,
+        begin: Callable[[], None],
+    ):
         self._stream, self._limit_s, self._begin, self._reached = stream, limit_s, begin, None
         self._here: torch.Tensor | None = None
         with torch.cuda.stream(stream):  # whose memory it takes
-            self._expected = link.expect_tokens(num_told)
+            self._expected = expect(num_told)
 
     def wait(self) -> torch.Tensor:
         """As ExpectedTokens, however often: the device waits, in the current stream."""
