@@ -220,6 +220,8 @@ class Runner:
             if batch.routed is not None:
                 routed = tell_routed(self._decoder, deal, asked_rows(step, rows), batch.routed)
                 recorded = tell_routed(self._decoder, deal, np.arange(step.num_rows if records else 0), batch.routed)
+        if self._is_first and step.returns and len(rows.sampled):
+            self._fed.owe(step.number, rows.owners[rows.sampled], rows.feeds, self._expect(step, rows))
         carries, read, report = None, Outcome, None
         if self._is_last:
             sampled = self._sample(step, rows, self._cut(computed.rows)) if len(rows.sampled) else None
@@ -283,8 +285,6 @@ class Runner:
         """All that comes from other stages: rows, or in stage 0 the tokens fed back."""
         if self._is_first:
             self._fed.await_slots(rows.owners[rows.fed])
-            if step.returns and len(rows.sampled):
-                self._fed.owe(step.number, rows.owners[rows.sampled], rows.feeds, self._expect(step, rows))
         return self._joined.receive(self._decoder.num_edge_rows(deal), carried)
 
     def _deal(self, rows: Rows, regime: Regime, stretches: Sequence[Stretch] = ()) -> Deal:
