@@ -88,13 +88,16 @@ class Driver:
         self.decoding |= {slot for slot, samples in zip(slots, array(step.samples).tolist(), strict=True) if samples}
 
     def check_drafts(self, step: Step) -> None:
-        """A sequence with drafts is in no other step, and never past its limit."""
-        flight = self.scheduler._flights[-1]
+        """A sequence with drafts is sampled by no other step, or unsettled and by one, and never past its limit."""
+        *others, flight = self.scheduler._flights
         fields = [array(packed).tolist() for packed in (step.slots, step.starts, step.counts, step.samples)]
-        for sequence, slot, start, count, samples in zip(flight.sequences, *fields, strict=True):
+        unsettled = array(step.unsettled)
+        for item, (sequence, slot, start, count, samples) in enumerate(zip(flight.sequences, *fields, strict=True)):
+            in_flight = sum(slot in other.sampled for other in others)
+            assert item not in unsettled or in_flight
             assert not samples or start + count < sequence.limit
             if samples > 1:
-                assert all(slot not in slots for slots in self.named.values())
+                assert in_flight == (item in unsettled)
                 assert not (sequence.sampling.penalises or sequence.sampling.waits_for_token or sequence.prompt_logprobs)
 
     def run_one(self) -> None:

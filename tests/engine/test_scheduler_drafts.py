@@ -32,12 +32,47 @@ def test_fewer_steps_for_the_same_tokens(num_drafts, num_snapshots):
     assert verified and stats.accepted_tokens >= sum(len(emission.tokens) - 1 for emission in verified)
 
 
-def test_a_sequence_that_drafts_waits_for_its_tokens():
-    driver = Driver(limits(num_drafts=3, inflight=5))
+def test_one_step_runs_ahead_of_the_last_answer():
+    driver = Driver(limits(num_drafts=3, inflight=5, adaptive_drafts=False))
+    driver.add(request("a", 5, max_tokens=100))
+    assert driver.plan() and driver.plan() and not driver.plan()
+    prompt, ahead = driver.steps
+    assert prompt.settles and not prompt.unsettled and array(ahead.unsettled).tolist() == [0]
+    assert array(ahead.tokens).tolist() == [FED] * 4 and array(ahead.starts).tolist() == [5]
+    driver.rush()
+    assert all(array(step.unsettled).tolist() == [0] for step in driver.steps[1:20])
+
+
+@pytest.mark.parametrize("given", [{"fed_back": False}, {"num_stages": 3}, {"inflight": 1}])
+def test_others_wait_for_their_tokens(given):
+    """Stages in the middle hear nothing of the last one's tokens."""
+    driver = Driver(limits(**{"num_drafts": 3, "inflight": 5, **given}))
     driver.add(request("a", 5))
     assert driver.plan() and not driver.plan()
     driver.rush()
-    assert not any(step.returns or FED in array(step.tokens) for step in driver.steps)
+    assert not any(step.returns or step.unsettled or FED in array(step.tokens) for step in driver.steps)
+
+
+def test_nothing_unsettled_that_may_not_have_a_place():
+    """Not near the limit, where it depends on what stands, nor where pages would have to be taken from others."""
+    driver = Driver(limits(num_drafts=3, adaptive_drafts=False))
+    driver.add(request("a", 5, max_tokens=8))
+    driver.rush()
+    assert [len(array(step.unsettled)) for step in driver.steps[:2]] == [0, 1]
+    assert all(start + 3 + 4 < 13 for step in driver.steps[2:] if step.unsettled for start in array(step.starts))
+    tight = Driver(limits(num_drafts=3, adaptive_drafts=False, num_pages=4, max_model_len=60, enable_prefix_caching=False))
+    tight.add(request("a", 30, max_tokens=20))
+    tight.add(request("b", 10, max_tokens=20, seed=1))
+    tight.rush()
+    assert tight.scheduler.stats.preemptions <= 1
+
+
+def test_steps_that_leaders_tell_of_are_settled():
+    driver = Driver(limits(num_drafts=3, adaptive_drafts=False))
+    driver.scheduler.records = True
+    driver.add(request("a", 5))
+    driver.rush()
+    assert most_samples(driver.steps) == 4 and not any(step.unsettled for step in driver.steps)
 
 
 @pytest.mark.parametrize(

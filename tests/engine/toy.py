@@ -88,6 +88,7 @@ class Toy:
         self.samplings, self.prompt_lens = {}, {}
         self.histories: dict[int, list[int]] = {}
         self.last_token: dict[int, tuple[int, bool]] = {}  # by slot: the token, and whether its step said it returns
+        self.last_rows: dict[int, tuple[int, int]] = {}  # by slot: rows that its last step sampled, and drafts among them that stood
         self.states: dict[int, State] = {}
         self.held: dict[int, list[int]] = {}  # by slot: tokens whose rows its states have not taken
         self.snapshots: dict[int, State] = {}
@@ -102,7 +103,7 @@ class Toy:
             self.tables[slot] = {}
             self.samplings[slot], self.prompt_lens[slot] = opened.sampling, opened.prompt_len
             self.histories[slot] = array(opened.history).tolist()
-            for left in (self.last_token, self.states, self.held, self.drafts, self.next_token):
+            for left in (self.last_token, self.last_rows, self.states, self.held, self.drafts, self.next_token):
                 left.pop(slot, None)
         for slot, index, page in array(step.page_writes).reshape(-1, 3).tolist():
             self.tables[slot][index] = page
@@ -118,6 +119,8 @@ class Toy:
         for item, (slot, start, count, samples, replays, holds, follows) in enumerate(zip(slots, *fields, strict=True)):
             given = tokens[row : row + count]
             row += count
+            if item in array(step.unsettled):
+                start, given, replays = self.settle(slot, start, given, replays)
             assert samples in (0, 1) or samples == count <= 1 + self.num_drafts
             given = self.check_tokens(slot, given, samples, follows)
             entries = self.entries(slot, start)
@@ -148,7 +151,7 @@ class Toy:
                 new.append(_pick(entries[: start + done], states[done], sampling.seed, banned))
             if samples:
                 stands = accepted(np.array(given[1:] if samples > 1 else []), np.array(new))
-                self.last_token[slot] = (new[stands], step.returns and samples == 1)
+                self.last_token[slot], self.last_rows[slot] = (new[stands], step.returns), (samples, stands)
                 done = count - samples + 1 + stands
                 self.drafts[slot] = self.draft(entries[: start + done], states[done], new[stands], sampling.seed, step.drafts)
                 drafts += self.drafts[slot]
@@ -180,11 +183,17 @@ class Toy:
         assert not packed or self.num_snapshots
         return [(a, b) for a, b in array(packed).reshape(-1, 2).tolist()]
 
+    def settle(self, slot: int, start: int, given: list[int], replays: int) -> tuple[int, list[int], int]:
+        """(start, tokens, rows to replay) of an item that was planned before its slot's last one had told what stands."""
+        (token, returns), (rows, stands) = self.last_token[slot], self.last_rows[slot]
+        assert returns and set(given) == {FED} and not replays and len(given) <= 1 + len(self.drafts[slot])
+        return start + stands, [token, *self.drafts[slot]][: len(given)], 1 + stands if rows > 1 and self.num_snapshots is not None else 0
+
     def check_tokens(self, slot: int, given: list[int], samples: int, follows: int) -> list[int]:
         """The item's tokens, the fed-back one filled in."""
         token, returns = self.last_token.get(slot, (-1, False))
         if FED in given:
-            assert given == [FED] and returns, "a fed-back token that its step did not return"
+            assert given == [FED] and returns and self.last_rows[slot][0] == 1, "a fed-back token that its step did not return"
             given = [token]
         assert token in (-1, given[0]), "a decode begins with the token that was sampled last"
         assert given[0] == self.next_token.pop(slot, given[0]), "another token came than was said to"

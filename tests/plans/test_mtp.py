@@ -3,9 +3,12 @@ gives without it, and the distribution that transformers' probabilities say."""
 
 from __future__ import annotations
 
+import queue
+import signal
 from itertools import product
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -14,8 +17,9 @@ from plans.grid import settings_of
 from plans.test_plans import make_prompts
 from plans.whole import assert_same_tokens, emissions_of, tokens_of
 from tiny import greedy_tokens, oracle, random_prompts, tiny_checkpoint
-from trireme.core.request import Request, Sampling
+from trireme.core.request import Emission, Request, Sampling
 from trireme.core.settings import Settings, make_settings
+from trireme.engine.chain import Chain
 from trireme_tools import offline
 
 pytestmark = pytest.mark.ranks
@@ -59,9 +63,12 @@ def settings(folder: Path, plan: str, num_drafts: int, **values) -> Settings:
 
 
 @pytest.mark.parametrize(("family", "plan", "num_drafts", "values"), CASES)
-def test_greedy_tokens_are_transformers(pool, checkpoints, expected, family, plan, num_drafts, values):
-    """Twice, so that the second time there are pages and states to reuse; with few pages sequences are preempted."""
+def test_greedy_tokens_are_transformers(pool, checkpoints, expected, monkeypatch, family, plan, num_drafts, values):
+    """Twice, so that the second time there are pages and states to reuse; with few pages sequences are preempted. Most steps that
+    verify are planned before the one before them is answered."""
     folder, greedy = checkpoints[family], Sampling(max_tokens=NUM_TOKENS, temperature=0.0)
+    unsettled, send = [], Chain.send
+    monkeypatch.setattr(Chain, "send", lambda self, step, timeout_s: (unsettled.append(bool(step.unsettled)), send(self, step, timeout_s)))
     with offline.running(settings(folder, plan, num_drafts, **values), pool) as engine:
         for time in ("first", "again"):
             requests = [Request(id=f"{time} {i}", prompt=prompt, sampling=greedy) for i, prompt in enumerate(PROMPTS)]
@@ -74,6 +81,7 @@ def test_greedy_tokens_are_transformers(pool, checkpoints, expected, family, pla
         stats = engine.stats
         assert 0 < stats.accepted_tokens < stats.drafted_tokens <= stats.verifications * num_drafts
         assert stats.preemptions > 0 or "num_pages" not in values, "the pool is meant to be too small"
+        assert any(unsettled) == (values.get("async_depth") != 0 and values.get("link") != "tensor")
         assert (stats.cp_steps > 0) == ("cp" in plan) and (stats.sp_steps > 0) == ("sp" in plan.split())
 
 
@@ -141,3 +149,25 @@ def test_sampled_tokens_keep_their_distribution(pool, tmp_path):
     statistic, freedom = ((found - wanted) ** 2 / wanted).sum(), len(wanted) - 1
     p_value = float(torch.special.gammaincc(torch.tensor(freedom / 2, dtype=torch.float64), statistic / 2))
     assert freedom > 100 and 0.01 < p_value < 0.99, (float(statistic), freedom, p_value)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_killed_rank_is_a_pause(checkpoints, expected, stage):
+    """While the other stage's rank may wait for what settles its next step."""
+    folder, others = checkpoints["qwen3_5"], psutil.Process().children()
+    news: queue.SimpleQueue[Emission] = queue.SimpleQueue()
+    answers: dict[str, list[int]] = {str(i): [] for i in range(len(PROMPTS))}
+    with offline.running(settings(folder, "pp2", 3, step_timeout_s=15.0)) as engine:
+        for name, prompt in zip(answers, PROMPTS, strict=True):
+            engine.submit(Request(id=name, prompt=prompt, sampling=Sampling(max_tokens=NUM_TOKENS, temperature=0.0)), news.put)
+        left, ranks = len(PROMPTS), [child for child in psutil.Process().children() if child not in others]
+        assert len(ranks) == 2
+        while left:
+            emission = news.get(timeout=120)
+            answers[emission.request_id] += emission.tokens
+            left -= emission.finish_reason is not None
+            if ranks and max(map(len, answers.values())) >= NUM_TOKENS // 2:
+                ranks[stage].send_signal(signal.SIGKILL)
+                ranks.clear()
+        assert engine.stats.epochs == 2
+    assert_same_tokens(folder, PROMPTS, list(answers.values()), expected["qwen3_5"])

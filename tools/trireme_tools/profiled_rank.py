@@ -60,7 +60,7 @@ class ProfiledChannel(RankChannel):
 
     def receive(self) -> Order:
         self._launched()
-        while self._verb.fileno() in dict(self._asked.poll()):
+        while not self._early and self._verb.fileno() in dict(self._asked.poll()):
             self._obey(msgspec.msgpack.decode(self._verb.recv_bytes(), type=list[Window]))
         order = super().receive()
         message = None if order.ticket == BREAK else open_message(order.parcel.packed)

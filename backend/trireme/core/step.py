@@ -80,11 +80,11 @@ class Step(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     starts: bytes  # int32 [items]
     counts: bytes  # int32 [items]
     samples: bytes  # int32 [items]: how many of the item's last rows are sampled: 0, 1, or where it has drafts all of them
-    tokens: bytes  # int32 [sum of counts]; FED only where counts is 1
+    tokens: bytes  # int32 [sum of counts]; FED: where counts is 1, and all rows of an unsettled item
     opens: list[Open] = []
     page_writes: bytes = b""  # int32 [writes, 3]: slot, index in its page table, page
     bans: list[tuple[int, list[int]]] = []  # (item, token ids) that must not be sampled now; the place for grammars too
-    returns: bool = False  # whether the last stage sends sampled tokens back to stage 0 (they will be FED)
+    returns: bool = False  # whether the last stage sends sampled tokens back to stage 0 (they will be FED), and drafts behind them
     sp: bool = False
     cp: bool = False
     replays: bytes = b""  # int32 [items]: how many of the rows that the slot holds were accepted; its states take them first
@@ -97,6 +97,9 @@ class Step(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     routed: bytes = b""  # int32: items of which the experts of every row are told
     maps: list[int] = []  # version of each stage's expert maps from this step on; empty: none was ever changed
     records: bool = False  # whether stages tell the service that balances experts of those of every row
+    # int32: items planned before it was known which drafts of their slot's last item stand. They begin and replay (starts, replays) as if
+    # none did; with those that do, and the drafts made since, the ranks settle them (ranks/settle)
+    unsettled: bytes = b""
 
     @property
     def regime(self) -> Regime:
@@ -118,6 +121,16 @@ class Step(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     def num_drafts(self) -> int:
         """Tokens that the last stage drafts for all items."""
         return self.drafts * int(np.count_nonzero(array(self.samples)))
+
+    @property
+    def settles(self) -> bool:
+        """Whether an item of a later step may be unsettled until this one has told what it samples and drafts."""
+        return self.returns and (self.drafts > 0 or self.num_samples > int(np.count_nonzero(array(self.samples))))
+
+    @property
+    def num_told(self) -> int:
+        """Tokens that come back to stage 0: those sampled, and behind them where it `settles` those drafted."""
+        return self.num_samples + self.num_drafts
 
     @property
     def num_routed(self) -> int:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from trireme.core.step import PAGE, accepted, array
+from trireme.core.step import FED, PAGE, accepted, array
 from trireme.engine.fit import fit
 from trireme.engine.sheet import Flight
 from trireme.engine.slots import Slots
@@ -108,6 +108,8 @@ class Drafts:
     """Their numbers stand in Slots.
 
     ask --a step makes them--> verify takes them --keep what has a place--> rows of the next step --verify--> tokens, rows to replay
+
+    An unsettled item is kept and has its rows before `verify` has taken its drafts.
     """
 
     def __init__(self, slots: Slots, length: DraftLength, stats: Stats):
@@ -119,47 +121,48 @@ class Drafts:
         drafting = sampled[slots.drafting[sampled] & (slots.length[sampled] + 1 < slots.limit[sampled])]
         num_drafts = self._length.ask(len(sampled)) if len(drafting) else 0
         if num_drafts:
-            slots.awaits[drafting] = number
+            slots.awaits[drafting], slots.coming[drafting] = number, num_drafts
         return num_drafts
 
-    def keep(self, chosen: np.ndarray, room: int, num_free: int) -> None:
+    def keep(self, chosen: np.ndarray, room: int, num_free: int, num_returned: int) -> None:
         """Of these slots' drafts only those that have a place: in `room` rows, before the limit, and in pages, `num_free` new ones."""
         slots = self._slots
-        wanted = np.minimum(slots.num_drafts[chosen], slots.limit[chosen] - slots.length[chosen] - 1)
+        there = np.where(slots.unsettled(chosen, num_returned), slots.coming[chosen], slots.num_drafts[chosen])
+        wanted = np.minimum(there, slots.limit[chosen] - slots.length[chosen] - 1)
         wanted = np.clip(room - (np.cumsum(wanted) - wanted), 0, wanted)
-        held = slots.held[chosen] * PAGE - slots.planned[chosen] - 1  # places for drafts in its pages; -1: it needs one anyhow
+        held = slots.held[chosen] * PAGE - slots.reach(chosen, num_returned) - 1  # places in its pages; below 0: it needs one anyhow
         if np.count_nonzero(wanted > held) > num_free:
             wanted = np.where(held < 0, wanted, np.minimum(wanted, held))
         slots.num_drafts[chosen] = wanted
 
-    def rows(self, chosen: np.ndarray, tokens: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def rows(self, chosen: np.ndarray, tokens: np.ndarray, unsettled: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(rows, rows to replay, of each slot; all rows' tokens) of step `number`: a slot's drafts come behind its token, and all are
-        verified."""
+        verified. `unsettled`: which of the slots have neither token nor drafts yet."""
         slots = self._slots
         num_drafts, replays = slots.num_drafts[chosen], slots.replays[chosen]
-        rows = np.column_stack((tokens, slots.drafts[chosen]))
-        slots.replays[chosen] = 0
+        rows = np.column_stack((tokens, np.where(unsettled[:, None], FED, slots.drafts[chosen])))
+        slots.replays[chosen], slots.num_drafts[chosen], slots.coming[chosen], slots.unsure[chosen] = 0, 0, 0, num_drafts
         slots.awaits[chosen[num_drafts > 0]] = number
         return 1 + num_drafts, replays, rows[np.arange(rows.shape[1]) <= num_drafts[:, None]]
 
     def verify(self, flight: Flight, sampled: np.ndarray, drafts: bytes) -> list[int]:
         """How many of each item's sampled tokens are its sequence's: drafts that stood, and one more. Slots take them, and `drafts`
-        for what comes next; so many more of the flight's tokens are computed."""
+        for what comes next."""
         slots, at = self._slots, 0
         stands, coming = [], iter(array(drafts).reshape(len(flight.sampled), flight.drafts))
-        for item, (sequence, samples) in enumerate(zip(flight.sequences, flight.samples, strict=True)):
+        for sequence, samples in zip(flight.sequences, flight.samples, strict=True):
             slot, num_drafts, num_accepted = sequence.slot, samples - 1, 0
+            is_last = slots.last_step[slot] == flight.number  # else the ranks have settled the next item
             if num_drafts > 0:
                 num_accepted = accepted(slots.drafts[slot, :num_drafts], sampled[at : at + samples])
-                slots.replays[slot] = 1 + num_accepted
-                flight.ends[item] += num_accepted
+                slots.replays[slot] = 1 + num_accepted if is_last else 0
                 self._length.learn(num_drafts, num_accepted)
                 self._stats.verified(num_drafts, num_accepted)
             if samples:
                 slots.advance(slot, 1 + num_accepted, sampled[at + num_accepted])
-                new = next(coming)
-                if slots.awaits[slot] == flight.number:
-                    slots.num_drafts[slot], slots.drafts[slot, : flight.drafts] = flight.drafts, new
+                slots.drafts[slot, : flight.drafts] = next(coming)
+                if is_last:
+                    slots.num_drafts[slot] = slots.coming[slot]
             stands.append(1 + num_accepted if samples else 0)
             at += samples
         return stands

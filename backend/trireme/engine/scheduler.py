@@ -4,8 +4,8 @@ A step holds decodes first, then prompt rows: half of those go to the oldest pro
 With context parallelism it holds the ones or the others, in turn.
 Pages and slots are given back only after the last planned step that names them has returned.
 
-A sequence with drafts is in one step at a time: its item is its last token and those drafts, and only the answer says how many of
-them are the model's own.
+Of a sequence with drafts an item is its last token and those drafts, and only the answer says how many of them are the model's own.
+Its next item is planned before that all the same, once, unsettled: the ranks know sooner where it begins, and with which tokens.
 """
 
 from __future__ import annotations
@@ -74,6 +74,7 @@ class Scheduler:
         self._saves = self._reuses and bool(self.limits.num_snapshots)  # whether states are kept at the ends of chunks
         self._slots = Slots(self.limits.max_num_seqs, self.limits.num_drafts)
         self._drafts = Drafts(self._slots, self._draft_length, self.stats) if self.limits.num_drafts else None
+        self._unsettled = self.limits.fed_back and self.limits.inflight > 1 and self.limits.num_stages <= 2  # no stage between tells none
         self._running: dict[int, Sequence] = {}  # by slot: RUNNING, LEAVING, or DONE and not yet parted
         self._prompts = Prompts(self._slots)
         self._prompt_rows_in_flight = 0
@@ -250,10 +251,11 @@ class Scheduler:
             else:
                 num_steps = -(-num_steps // 2)  # every other step is for prompts
         most = limits.max_micro_batch_size or -(-int(np.count_nonzero(decodes)) // num_steps)
-        ready = slots.ready(decodes, number, self._num_returned, limits.num_stages, ahead=ahead)
+        unsettled = self._drafts is not None and self._unsettled and not self.records  # for which leaders must know where rows stand
+        ready = slots.ready(decodes, number, self._num_returned, limits.num_stages, ahead=ahead, unsettled=unsettled)
         chosen = ready[: min(most, room)] if ahead else slots.deal(ready, decodes, min(most, room))
         if self._drafts is not None:
-            self._drafts.keep(chosen, room - len(chosen), self._pages.num_free)
+            self._drafts.keep(chosen, room - len(chosen), self._pages.num_free, self._num_returned)
         chosen, growing = self._room_for(chosen)
         if not len(chosen):
             return
@@ -266,24 +268,29 @@ class Scheduler:
         tokens = np.where(slots.known[chosen] == slots.length[chosen], slots.token[chosen], FED)
         slots.planned[chosen] += 1
         slots.length[chosen] += 1
-        slots.last_step[chosen] = number
+        slots.before[chosen], slots.last_step[chosen] = slots.last_step[chosen], number
         sequences = [self._running[slot] for slot in chosen.tolist()]
         sheet.bans += [
             (item, words) for item, sequence in enumerate(sequences) if sequence.sampling.bad_words and (words := sequence.banned())
         ]
         counts, replays = 1, 0
         if self._drafts is not None:
-            counts, replays, tokens = self._drafts.rows(chosen, tokens, number)
+            unsettled = slots.unsettled(chosen, self._num_returned)
+            sheet.unsettled = np.flatnonzero(unsettled)
+            counts, replays, tokens = self._drafts.rows(chosen, tokens, unsettled, number)
         sheet.add(sequences, chosen, starts, counts, ints(tokens), samples=counts, replays=replays)
 
     def _room_for(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(those of the slots that can decode now, those among them that need a page more); preempts where pages are short."""
         slots = self._slots
         while True:
-            growing = chosen[slots.planned[chosen] + slots.num_drafts[chosen] >= slots.held[chosen] * PAGE]
+            growing = chosen[slots.reach(chosen, self._num_returned) + slots.num_drafts[chosen] >= slots.held[chosen] * PAGE]
             short = len(growing) - self._pages.num_free
             if short <= 0:
                 return chosen, growing
+            if (unsettled := slots.unsettled(chosen, self._num_returned)).any():  # which may not need as much
+                chosen = chosen[~unsettled]
+                continue
             working = [s for s in self._running.values() if s.state is State.RUNNING and slots.length[s.slot] < slots.limit[s.slot]]
             coming = sum(len(s.pages) for s in self._running.values()) - sum(len(s.pages) for s in working)
             if coming >= short:
@@ -444,7 +451,7 @@ class Scheduler:
         slots, number, sampled = self._slots, sheet.number, sheet.sampled
         if self._drafts is not None and len(self._running) <= self.limits.max_drafting:
             sheet.drafts = self._drafts.ask(sampled, number)
-        fed = slots.fed[sampled] & (slots.awaits[sampled] < number) & (slots.length[sampled] < slots.limit[sampled])
+        fed = slots.fed[sampled] & (self._unsettled | (slots.awaits[sampled] < number)) & (slots.length[sampled] < slots.limit[sampled])
         sheet.returns = bool(fed.any())
 
     # ---- learning
@@ -492,6 +499,8 @@ class Scheduler:
             stands = flight.samples
             self._slots.known[flight.sampled] += 1
             self._slots.token[flight.sampled] = sampled
+        if self._drafts is not None:
+            flight.ends = self._ends(flight)
         if flight.routed:
             self._take_routed(flight, stands, np.frombuffer(outcome.routed_experts, np.int16))
         now, tokens, logprobs, at = self._clock(), sampled.tolist(), outcome.logprobs, 0
@@ -505,6 +514,11 @@ class Scheduler:
                 elif end >= (sequence.num_named + 1) * PAGE:
                     self._name_pages(sequence, end)
             at += samples
+
+    def _ends(self, flight: Flight) -> list[int]:
+        """Tokens of each item's sequence that are computed, once slots have taken what was sampled: all but the last one."""
+        known = iter(self._slots.known[flight.sampled].tolist())
+        return [next(known) - 1 if samples else end for samples, end in zip(flight.samples, flight.ends, strict=True)]
 
     def _take_routed(self, flight: Flight, stands: list[int], told: np.ndarray) -> None:
         """Experts of rows, int16 [rows * layers * experts of a row]. Rows of drafts that did not stand are nobody's."""

@@ -21,7 +21,7 @@ class Flight:
 
     number: int
     sequences: list[Sequence]
-    ends: list[int]  # tokens computed once the step has returned; of drafts those that stand come on top
+    ends: list[int]  # tokens computed once the step has returned; of an item with drafts, or unsettled, only what stands then tells
     samples: list[int]  # rows that are sampled
     sampled: np.ndarray  # int64: slots of the items that sample
     prompt_rows: int
@@ -46,6 +46,7 @@ class Sheet:
         self.drafts = 0
         self.returns = False
         self.routed = np.zeros(0, np.int64)  # items that tell the experts of their rows
+        self.unsettled = np.zeros(0, np.int64)  # items
         self._parts: list[np.ndarray] = []  # int32 [6, n] each, of `items`
         self._tokens: list[bytes] = []
 
@@ -84,10 +85,10 @@ class Sheet:
         _, starts, counts, samples, *_ = self.items
         rows = samples.tolist()
         verifies = sum(rows) > len(self.sampled)
-        ends = starts + counts - np.maximum(samples - 1, 0) if verifies else starts + counts
         at = self.routed
         routed = list(zip(at.tolist(), starts[at].tolist(), counts[at].tolist(), strict=True))
-        return Flight(self.number, self.sequences, ends.tolist(), rows, self.sampled, self.prompt_rows, self.drafts, verifies, routed)
+        ends = (starts + counts).tolist()
+        return Flight(self.number, self.sequences, ends, rows, self.sampled, self.prompt_rows, self.drafts, verifies, routed)
 
     def step(self, epoch: int, limits: Limits, snapshots: Snapshots, maps: list[int], *, records: bool = False) -> Step:
         """The whole. Snapshots are taken only now: one that is saved by this step is there for the next. `maps`: version of each
@@ -119,6 +120,7 @@ class Sheet:
             routed=ints(self.routed),
             maps=maps if any(maps) else [],
             records=records,
+            unsettled=ints(self.unsettled),
         )
 
     def _take_snapshots(self, snapshots: Snapshots) -> bytes:

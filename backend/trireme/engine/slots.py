@@ -15,7 +15,7 @@ class Slots:
         or in flight    compute        steps in flight
 
     A decoding sequence has exactly one token to compute: planned == length - 1. Its drafts come on top: they count in none of
-    these until the step that verifies them has returned.
+    these until the step that verifies them has returned. What is planned before that is unsettled: `unsure` more rows may stand.
     """
 
     def __init__(self, num_slots: int, most_drafts: int = 0):
@@ -25,6 +25,7 @@ class Slots:
         self.limit = np.zeros(num_slots, np.int64)  # tokens at the most
         self.held = np.zeros(num_slots, np.int64)  # pages
         self.last_step = np.full(num_slots, -1, np.int64)  # the last step that names the slot
+        self.before = np.full(num_slots, -1, np.int64)  # and of those that sample it the last but one
         self.token = np.zeros(num_slots, np.int64)  # the last token of the log, once decoding
         self.live = np.zeros(num_slots, bool)  # may be planned
         self.decoding = np.zeros(num_slots, bool)  # its whole log has been planned
@@ -32,8 +33,12 @@ class Slots:
         self.drafting = np.zeros(num_slots, bool)  # may have drafts
         self.routed = np.zeros(num_slots, bool)  # tells the experts of its rows
         self.drafts = np.zeros((num_slots, most_drafts), np.int64)
-        self.num_drafts = np.zeros(num_slots, np.int64)  # of `drafts`, those for the next item, or in the one in flight
-        self.awaits = np.full(num_slots, -1, np.int64)  # the last step that brings or verifies its drafts: it cannot run ahead of that
+        self.num_drafts = np.zeros(num_slots, np.int64)  # of `drafts`, those for the next item
+        self.coming = np.zeros(num_slots, np.int64)  # drafts that its last step makes
+        self.unsure = np.zeros(num_slots, np.int64)  # drafts that its last step verifies
+        self.awaits = np.full(
+            num_slots, -1, np.int64
+        )  # the last step that brings or verifies its drafts, ahead of which an item is unsettled
         self.replays = np.zeros(num_slots, np.int64)  # rows that the stages hold aside and that stood: states are to take them
         self._free = list(range(num_slots - 1, -1, -1))
 
@@ -46,9 +51,10 @@ class Slots:
         slot = self._free.pop()
         self.planned[slot], self.known[slot], self.length[slot] = planned, length, length
         self.limit[slot], self.held[slot], self.fed[slot] = limit, held, fed
-        self.last_step[slot], self.live[slot], self.decoding[slot] = -1, True, False
+        self.last_step[slot], self.before[slot], self.live[slot], self.decoding[slot] = -1, -1, True, False
         self.routed[slot] = routed
         self.drafting[slot], self.num_drafts[slot], self.awaits[slot], self.replays[slot] = drafting, 0, -1, 0
+        self.coming[slot] = self.unsure[slot] = 0
         return slot
 
     def close(self, slot: int) -> None:
@@ -59,13 +65,18 @@ class Slots:
         """bool [num_slots]: decoding, with a token still to come."""
         return self.live & self.decoding & (self.length < self.limit)
 
-    def ready(self, decodes: np.ndarray, number: int, num_returned: int, num_stages: int, *, ahead: bool) -> np.ndarray:
+    def ready(self, decodes: np.ndarray, number: int, num_returned: int, num_stages: int, *, ahead: bool, unsettled: bool) -> np.ndarray:
         """Slots that step `number` may decode, least recently planned first.
 
         A fed-back sequence is best planned once in num_stages steps: sooner, stage 0 would stand still until the step
-        before has gone through all stages. With `ahead` it is planned all the same, those of the oldest step only.
+        before has gone through all stages. With `ahead` it is planned all the same, those of the oldest step only. `unsettled`: also
+        while a step of theirs, but one alone, has not told which drafts stand, as long as all could before the limit.
         """
-        ready = decodes & ((self.known == self.length) | (self.fed & (self.awaits < num_returned)))
+        fed = self.fed & (self.awaits < num_returned)
+        if unsettled:
+            fits = self.planned + self.unsure + self.coming + 1 < self.limit
+            fed |= self.fed & self.drafting & ~self.routed & (self.before < num_returned) & fits
+        ready = decodes & ((self.known == self.length) | fed)
         if ahead:
             slots = np.flatnonzero(ready)
             return slots[self.last_step[slots] == self.last_step[slots].min()] if len(slots) else slots
@@ -95,6 +106,14 @@ class Slots:
             over -= keys[may_wait[at]]
             may_wait = np.delete(may_wait, at)
         return ready[takes]
+
+    def unsettled(self, chosen: np.ndarray, num_returned: int) -> np.ndarray:
+        """Which of these slots' next items would be unsettled."""
+        return self.awaits[chosen] >= num_returned
+
+    def reach(self, chosen: np.ndarray, num_returned: int) -> np.ndarray:
+        """Where these slots' next items may begin at the latest."""
+        return self.planned[chosen] + np.where(self.unsettled(chosen, num_returned), self.unsure[chosen], 0)
 
     def advance(self, slot: int, num_tokens: int, last: int) -> None:
         """So many tokens have come of a step that was to bring at least one: drafts that stood, and `last` after them."""

@@ -100,14 +100,14 @@ def exchange(store: TCPStore, epoch: int, name: str, place: int, size: int, said
         return [store.get(f"{epoch}/{name}/{other}") for other in range(size)]
 
 
-def reach(event: torch.cuda.Event, limit_s: float, give_up: Callable[[], bool]) -> None:
+def reach(event: torch.cuda.Event, limit_s: float, give_up: Callable[[], bool], glance_s: float = _GLANCE_S / 10) -> None:
     """Wait until a device has come to an event behind a collective, which it never does if others of the group do not come.
     LinkLost when time is over or `give_up` says so; the group is then to be closed."""
     deadline = time.monotonic() + limit_s
     while not event.query():
         if give_up() or time.monotonic() > deadline:
             raise LinkLost("given up before all ranks came" if give_up() else f"not all ranks came within {limit_s:g} s")
-        time.sleep(_GLANCE_S / 10)
+        time.sleep(glance_s)
 
 
 def wait_for_device(device: torch.device, limit_s: float, give_up: Callable[[], bool]) -> None:

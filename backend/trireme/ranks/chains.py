@@ -88,7 +88,11 @@ class _Chain:
         self._num_items, self._counts = self._numbers[:1], self._numbers[1 : 1 + items]
         self._pages = self._numbers[1 + items :].view(items, places)
         self._begins, self._row = torch.arange(items, device=device) * width, torch.arange(width - 1, device=device)
-        self._owners = torch.arange(items, device=device).repeat_interleave(width)
+        # Attention is planned once for all drafts of a step: of each place for as many keys as there are up to it.
+        self._owners, self._first_lens = (
+            torch.arange(items, device=device).repeat_interleave(places),
+            torch.arange(items, device=device) * places,
+        )
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -97,11 +101,11 @@ class _Chain:
             zeros(num) for num in (items * width, items, items, items, items)
         )
         self._passed = zeros(items, build.spec.hidden, dtype=build.dtype)
-        attends = decoder.capture_attention(items * width, max_pages + 1)
+        attends = decoder.capture_attention(items * places, max_pages + 1)
         assert attends is not None, "asked before"
         self._attends = attends
         for attend in attends.values():
-            attend.plan(np.ones(items * width, np.int32), np.zeros((items * width, 1), np.int32))
+            attend.plan(np.ones(items * places, np.int32), np.zeros((items * places, 1), np.int32))
         self._recordings: list[Recording] = []
 
     def warm(self) -> None:
@@ -122,11 +126,11 @@ class _Chain:
         self._recordings = []
 
     def draft(self, rows: Rows, sampled: torch.Tensor, num_drafts: int) -> torch.Tensor:
-        num_items, (_, width, _) = len(rows.slots), self._graph.shape
+        num_items, num_places = len(rows.slots), self._pages.shape[1]
         table = self._drafter.spare_table(rows.slots, rows.ends)
         numbers = self._nothing.copy()
         numbers[0], numbers[1 : 1 + num_items] = num_items, rows.counts
-        positions = rows.starts[:, None] + np.arange(self._pages.shape[1])
+        positions = rows.starts[:, None] + np.arange(num_places)
         pages = np.take_along_axis(table, np.minimum(positions // PAGE, table.shape[1] - 1), axis=1).astype(np.int64)
         of_items = numbers[1 + len(self._counts) :].reshape(self._pages.shape)
         of_items[:num_items] = pages * PAGE + positions % PAGE
@@ -136,12 +140,12 @@ class _Chain:
         self._sampled[self._graph.there(places, num_items)] = sampled
         replay, *more = self._recordings
         replay.replay()
-        drafts, ends = [self._draft[:num_items].clone()], np.ones(num_items * width, np.int32)
-        ends[places] = rows.positions + 1
-        for _ in range(1, num_drafts):
-            ends[places] += 1
+        drafts = [self._draft[:num_items].clone()]
+        if num_drafts > 1:
+            ends = np.minimum(positions + 1, table.shape[1] * PAGE).astype(np.int32).ravel()  # no chain comes to what lies beyond
             for attend in self._attends.values():
-                attend.plan(ends, np.repeat(table, width, axis=0))
+                attend.plan(ends, np.repeat(table, num_places, axis=0))
+        for _ in range(1, num_drafts):
             more[0].replay()
             drafts.append(self._draft[:num_items].clone())
         return torch.stack(drafts, dim=1)
@@ -179,4 +183,4 @@ class _Chain:
         self._passed.copy_(passed)
 
     def _attend(self, attend, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        return attend(q[self._owners], keys, values)[self._standing]
+        return attend(q[self._owners], keys, values)[self._first_lens + self._place]

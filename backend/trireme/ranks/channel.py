@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import struct
 import threading
+from collections import deque
 from pathlib import Path
 from typing import NamedTuple
 
@@ -146,6 +147,7 @@ class RankChannel:
         self._orders.connect(f"ipc://{orders}")
         self._answers.connect(f"ipc://{answers}")
         self._lock = threading.Lock()
+        self._early: deque[Order] = deque()  # came while `broken` looked
         self._news = zmq.Poller()
         self._news.register(self._orders, zmq.POLLIN)
         if leave is not None:
@@ -153,14 +155,27 @@ class RankChannel:
 
     def receive(self) -> Order:
         """The next order, however long it takes: a rank whose leader is gone is ended by the kernel. Left when it is to leave."""
+        if self._early:
+            return self._early.popleft()
         if self._leave in dict(self._news.poll()):
             raise Left
+        return self._take()
+
+    def _take(self) -> Order:
         head, packed, *rows = self._orders.recv_multipart()
         return Order(_ORDER.unpack(head)[0], _parcel(packed, rows))
 
     def waiting(self) -> bool:
         """Whether `receive` would return, or raise, at once."""
-        return bool(self._news.poll(0))
+        return bool(self._early or self._news.poll(0))
+
+    def broken(self) -> bool:
+        """Whether the epoch is dropped, or the rank is to leave, behind orders that wait to be received."""
+        while news := dict(self._news.poll(0)):
+            if self._leave in news:
+                return True
+            self._early.append(self._take())
+        return any(order.ticket == BREAK for order in self._early)
 
     def answer(self, ticket: int, parcel: Parcel, *, fault: bool) -> None:
         with self._lock:

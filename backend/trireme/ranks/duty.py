@@ -157,7 +157,7 @@ class Duty:
             dtype=self._runner.dtype,
             give_up=self._channel.waiting,  # the front says no more before all have joined, unless it gave up itself
         )
-        self._runner.begin(link, self._channel.waiting)
+        self._runner.begin(link, self._channel.waiting, self._channel.broken)
         sp_from = self._runner.find_sp_from(self._channel.waiting)
         self._epoch, self._over = join.epoch, ""
         return Joined(join.epoch, self._runner.map_version, sp_from)

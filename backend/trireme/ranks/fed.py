@@ -52,7 +52,11 @@ class FedTokens:
             return
         needed = self._owed_by[slots]
         assert needed.min() >= 0, "a fed token was sampled before, in this epoch"
-        while self._owed and self._owed[0].number <= needed.max():
+        self.collect(int(needed.max()))
+
+    def collect(self, number: int) -> None:
+        """Have the tokens of all steps up to `number` in the table, those that are not dropped. May wait."""
+        while self._owed and self._owed[0].number <= number:
             self._collect()
 
     def fill(self, tokens: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:

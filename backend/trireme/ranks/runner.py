@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from typing import NamedTuple
@@ -21,7 +22,7 @@ from trireme.layers.block import PerToken
 from trireme.models.decoder import Computed, Decoder
 from trireme.parallel.context import Shared
 from trireme.parallel.deal import Deal
-from trireme.parallel.link import Link
+from trireme.parallel.link import ExpectedTokens, Link
 from trireme.parallel.rehearsal import rehearse
 from trireme.parallel.relocation import Unprepared
 from trireme.parallel.vocabulary import CutLogits
@@ -37,6 +38,7 @@ from trireme.ranks.regimes import find_sp_from, largest_steps, spread
 from trireme.ranks.routed import asked_rows, tell_routed
 from trireme.ranks.rows import Rows, lay_out
 from trireme.ranks.sampler import Sampled, Sampler
+from trireme.ranks.settle import Brought, Own, Settle, ToldTokens
 from trireme.ranks.staging import download, upload
 from trireme.ranks.states import States
 from trireme.ranks.stopwatch import Stopwatch
@@ -87,6 +89,8 @@ class Runner:
         self._link: Link | None = None
         self._mixtures = Mixtures(decoder, settings) if decoder.mixtures and decoder.build.plan.eplb else None
         self._fed = FedTokens(settings.max_num_seqs, steps_in_flight(settings), device)
+        self._settle = Settle(settings.max_num_seqs, decoder.build.plan.mtp, steps_in_flight(settings))
+        self._aside = torch.cuda.Stream(device, priority=-1) if device.type != "cpu" else None  # for what settles steps
         self._watch: Stopwatch | None = None  # of the last step
         self._graphs: Graphs | None = None
         self._chains: Chains | None = None
@@ -99,11 +103,11 @@ class Runner:
         unstock(self._device)
 
     @torch.inference_mode()
-    def begin(self, link: Link, give_up: Callable[[], bool] = lambda: False) -> None:
+    def begin(self, link: Link, give_up: Callable[[], bool] = lambda: False, broken: Callable[[], bool] = lambda: False) -> None:
         """A new epoch: nothing is known of any sequence. Caches need no wiping, since no page is read before it is written. Graphs
         that hold collectives are captured, for which all ranks of the stage must come: LinkLost where they do not, or `give_up`
-        says so."""
-        self._link, self._watch = link, None
+        says so. `broken`: whether the epoch is over, while it lasts."""
+        self._link, self._watch, self._broken = link, None, broken
         if self._graphs is not None and self._graphs_are_of_epochs:
             self._capture(give_up)
             self._log.info("graphs: %s", self.graphs)
@@ -113,6 +117,7 @@ class Runner:
         edge = settings.max_num_batched_tokens * self.hidden * self.dtype.itemsize if settings.num_stages > 1 else 0
         stock(self.room, steps_in_flight(settings) * edge, self._device)
         self._fed.clear()
+        self._settle.clear()
         self._sampler.clear()
         self._prompts.clear()
 
@@ -135,6 +140,7 @@ class Runner:
         self._link = None
         self.collectives.leave()
         self._fed.clear()
+        self._settle.clear()
 
     @property
     def graphs(self) -> str:
@@ -185,6 +191,10 @@ class Runner:
     @torch.inference_mode()
     def run(self, step: Step, carried: np.ndarray | None, waited_s: float) -> Pending:
         """`carried`: rows that came with the call (tensor link). A GPU is still computing when this returns."""
+        if step.unsettled:
+            began = time.perf_counter()
+            step = self._settle.settle(step, self._broken)
+            waited_s += time.perf_counter() - began
         watch = self._watch = Stopwatch(self._device, waited_s, self._watch)
         stamped = step.maps[self._stage] if step.maps else 0
         if self._mixtures is not None and stamped not in (0, self._mixtures.version):
@@ -210,10 +220,14 @@ class Runner:
             if batch.routed is not None:
                 routed = tell_routed(self._decoder, deal, asked_rows(step, rows), batch.routed)
                 recorded = tell_routed(self._decoder, deal, np.arange(step.num_rows if records else 0), batch.routed)
+        if self._is_first and step.returns and len(rows.sampled):
+            self._fed.owe(step.number, rows.owners[rows.sampled], rows.feeds, self._expect(step, rows))
         carries, read, report = None, Outcome, None
         if self._is_last:
             sampled = self._sample(step, rows, self._cut(computed.rows)) if len(rows.sampled) else None
             drafts = self._draft(step, rows, deal, batch, computed, sampled, graph)
+            if step.settles and sampled is not None:
+                self._tell(step, rows, sampled, drafts)
             read = self._describe(sampled, drafts, stretches, computed.unread)
         else:
             carries = self._joined.send(computed.rows)
@@ -271,9 +285,6 @@ class Runner:
         """All that comes from other stages: rows, or in stage 0 the tokens fed back."""
         if self._is_first:
             self._fed.await_slots(rows.owners[rows.fed])
-            if step.returns and len(rows.sampled):
-                tokens = self._joined.expect_tokens(len(rows.sampled))
-                self._fed.owe(step.number, rows.owners[rows.sampled], rows.feeds, tokens)
         return self._joined.receive(self._decoder.num_edge_rows(deal), carried)
 
     def _deal(self, rows: Rows, regime: Regime, stretches: Sequence[Stretch] = ()) -> Deal:
@@ -281,6 +292,24 @@ class Runner:
         head_rows = np.concatenate([rows.sampled, *(stretch.rows for stretch in stretches)])
         build = self._decoder.build
         return Deal(build.plan, build.rank, rows.counts, regime, self._device, head_rows=head_rows)
+
+    def _expect(self, step: Step, rows: Rows) -> ExpectedTokens:
+        if not step.settles:
+            return self._joined.expect_tokens(len(rows.sampled))
+        if self._is_last:
+            return ToldTokens(self._joined.expect_tokens(step.num_told), len(rows.sampled))
+        begin, limit_s = partial(self._fed.collect, step.number), self._settings.step_timeout_s
+        brought = Brought(self._joined.expect_tokens, step.num_told, self._aside, limit_s, begin)
+        self._settle.owe(step, rows, brought)
+        return ToldTokens(brought, len(rows.sampled))
+
+    def _tell(self, step: Step, rows: Rows, sampled: Sampled, drafts: torch.Tensor | None) -> None:
+        """Stage 0, and this rank's own host, what may settle items of the next step."""
+        told = sampled.tokens.to(torch.int32)
+        if drafts is not None:
+            told = torch.cat((told, drafts.flatten()))
+        self._joined.send_tokens(told)
+        self._settle.owe(step, rows, Own(told, self._settings.step_timeout_s))
 
     def _plan_attention(self, rows: Rows, deal: Deal) -> Mapping[int, Attend]:
         """A chunk of an item sees the item's keys up to the chunk's own end."""
@@ -343,9 +372,9 @@ class Runner:
         return self._cut(self._decoder.head.logits(normed))
 
     def _sample(self, step: Step, rows: Rows, logits: CutLogits) -> Sampled:
-        """Tokens of the rows that are sampled; sent back before anything else is computed of them."""
+        """Tokens of the rows that are sampled; sent back before anything else is computed of them, unless drafts go with them."""
         sampled = self._sampler.sample(logits, rows.owners[rows.sampled], rows.positions[rows.sampled] + 1, self._bans(step, rows))
-        if step.returns:
+        if step.returns and not step.settles:
             self._joined.send_tokens(sampled.tokens.to(torch.int32))
         return sampled
 

@@ -230,38 +230,33 @@ def _delta_step_items(
         bias = tl.load(dt_bias + head, mask=real_value, other=0.0)
         scale = tl.load(norm + line_value, mask=line_value < DV, other=0.0)
 
-        for row in range(replays + count):
-            if HELD:
-                tl.store(place, state, mask=_both(real, holds & (row == replays)))
-            line, again = begin + (row - replays), aside + row * held_row + num_channels
+        # Rows that are replayed in a loop of their own: with one for both, and a store in it, ptxas kept whole states in local memory.
+        for row in range(replays):
+            state = _after(
+                row, state, begin, key < DK, head, real_value, k_channel, v_channel, rate, bias, a, b, num_channels, a_row, b_row,
+                window, aside, own, goes_on, replays, weight, inputs_row, held_row, qkv_row, weight_row, HEADS, TAPS, HELD,
+            )  # fmt: skip
+        if HELD and holds:
+            tl.store(place, state, mask=real)
+        for row in range(replays, replays + count):
+            state = _after(
+                row, state, begin, key < DK, head, real_value, k_channel, v_channel, rate, bias, a, b, num_channels, a_row, b_row,
+                window, aside, own, goes_on, replays, weight, inputs_row, held_row, qkv_row, weight_row, HEADS, TAPS, HELD,
+            )  # fmt: skip
             query = _convolved(
                 window, aside, own, goes_on, replays, row, q_channel, key < DK, weight,
                 inputs_row, held_row, qkv_row, weight_row, TAPS, HELD,
             )  # fmt: skip
-            known = _convolved(
-                window, aside, own, goes_on, replays, row, k_channel, key < DK, weight,
-                inputs_row, held_row, qkv_row, weight_row, TAPS, HELD,
-            )  # fmt: skip
-            new = _convolved(
-                window, aside, own, goes_on, replays, row, v_channel, real_value, weight,
-                inputs_row, held_row, qkv_row, weight_row, TAPS, HELD,
-            )  # fmt: skip
-            time = _either(a + line * a_row, again, head, real_value, row >= replays, HELD)
-            learning = _either(b + line * b_row, again + HEADS, head, real_value, row >= replays, HELD)
-            time += bias
-            time = tl.where(time > 20.0, time, tl.log(1.0 + tl.exp(time)))  # softplus
             query = query * (tl.rsqrt(tl.sum(query * query) + 1e-6) * DK**-0.5)
-            known = known * tl.rsqrt(tl.sum(known * known) + 1e-6)
-            state = state * tl.exp(rate * time)[None, :]
-            learnt = (new - tl.sum(state * known[:, None], axis=0)) * tl.sigmoid(learning)
-            state = state + known[:, None] * learnt[None, :]
+            line = begin + (row - replays)
             read = tl.reshape(tl.sum(state * query[:, None], axis=0).to(kind).to(tl.float32), [TOGETHER, VALUES])
-            real_line = _both((part + line_head < SHARED) & (line_value < DV), row >= replays)
+            real_line = (part + line_head < SHARED) & (line_value < DV)
             heads = key_head * SHARED + part + line_head
             opening = tl.load(gate + line * gate_row + heads * gate_head + line_value, mask=real_line, other=0.0).to(tl.float32)
             result = normed_and_gated(read, scale, opening, DV, eps, kind)
             tl.store(out + (line * HEADS + heads) * DV + line_value, result, mask=real_line)
-        tl.store(place, state, mask=_both(real, holds == 0))
+        if not HELD or holds == 0:
+            tl.store(place, state, mask=real)
 
         # All that read these values' inputs have done so; the query's and the key's are read until the last values are done.
         tl.debug_barrier()
@@ -273,6 +268,32 @@ def _delta_step_items(
                 tl.store(target + HEADS, tl.load(b + (begin + row) * b_row + head, mask=first), mask=first)
     _move_on(window, aside, own, goes_on, replays, count, holds, q_channel, key < DK, inputs_row, held_row, qkv_row, TAPS, HELD)
     _move_on(window, aside, own, goes_on, replays, count, holds, k_channel, key < DK, inputs_row, held_row, qkv_row, TAPS, HELD)
+
+
+@triton.jit
+def _after(
+    row, state, begin, real_key, head, real_value, k_channel, v_channel, rate, bias, a, b, num_channels, a_row, b_row,
+    window, aside, own, goes_on, replays, weight, inputs_row, held_row, qkv_row, weight_row,
+    HEADS: tl.constexpr, TAPS: tl.constexpr, HELD: tl.constexpr,
+):  # fmt: skip
+    """The state after one more row, held or own."""
+    line, again = begin + (row - replays), aside + row * held_row + num_channels
+    known = _convolved(
+        window, aside, own, goes_on, replays, row, k_channel, real_key, weight,
+        inputs_row, held_row, qkv_row, weight_row, TAPS, HELD,
+    )  # fmt: skip
+    new = _convolved(
+        window, aside, own, goes_on, replays, row, v_channel, real_value, weight,
+        inputs_row, held_row, qkv_row, weight_row, TAPS, HELD,
+    )  # fmt: skip
+    time = _either(a + line * a_row, again, head, real_value, row >= replays, HELD)
+    learning = _either(b + line * b_row, again + HEADS, head, real_value, row >= replays, HELD)
+    time += bias
+    time = tl.where(time > 20.0, time, tl.log(1.0 + tl.exp(time)))  # softplus
+    known = known * tl.rsqrt(tl.sum(known * known) + 1e-6)
+    state = state * tl.exp(rate * time)[None, :]
+    learnt = (new - tl.sum(state * known[:, None], axis=0)) * tl.sigmoid(learning)
+    return state + known[:, None] * learnt[None, :]
 
 
 @triton.jit
