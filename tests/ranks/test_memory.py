@@ -164,12 +164,12 @@ def test_an_epoch_begins_with_room_for_its_groups(monkeypatch):
         leave=lambda: done.append("leave"),
         settle_maps=lambda version: None,
         make_way=lambda: done.append("make way"),
-        begin=lambda link, give_up: done.append(f"begin {link}"),
+        begin=lambda link, *give_up: done.append(f"begin {link}"),
         find_sp_from=lambda give_up: None,
     )
     monkeypatch.setattr(duty, "form_link", lambda *args, **named: done.append("form") or "link")
     brief = SimpleNamespace(settings=make_settings({"model": "m"}), stage=0, rank=0)
-    duty.Duty(brief, SimpleNamespace(waiting=lambda: False), runner)._join(Join(1, "store"))
+    duty.Duty(brief, SimpleNamespace(waiting=lambda: False, broken=lambda: False), runner)._join(Join(1, "store"))
     assert done == ["leave", "make way", "form", "begin link"]
 
 
