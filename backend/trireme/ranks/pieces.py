@@ -3,6 +3,8 @@ but what attention and steps of states launch depends on how long sequences are,
 
     replay | attention of layer 0 | replay | attention of layer 1 | replay ... | rows whose logits are asked for
 
+A step of 64 rows of Qwen3-8B is 6.8 ms of an H100 and 28 of its host, kernel by kernel; in pieces 7 of the host.
+
 One set of pieces for each bucket of rows, as graphs.py has graphs: rows of nobody fill it up. What follows of the last layers is of
 other rows at each step, and is launched kernel by kernel.
 """
