@@ -16,6 +16,7 @@ CASES = (
     Case("cpu", torch.bfloat16, {"num_in": 576, "num_out": 100, "rows": 1}),
     Case("cpu", torch.bfloat16, {"num_in": 576, "num_out": 100, "rows": 1, "bias": 1, "wide": 1}),
     Case("cpu", torch.bfloat16, {"num_in": 208, "num_out": 50, "rows": 2, "bias": 1}),
+    Case("cpu", torch.bfloat16, {"num_in": 2064, "num_out": 23, "rows": 2, "wide": 1}),
     Case("cpu", torch.bfloat16, {"num_in": 2048, "num_out": 1, "rows": 16}),
     Case("cpu", torch.bfloat16, {"num_in": 4096, "num_out": 24, "rows": 9, "wide": 1}),
     Case("cpu", torch.bfloat16, {"num_in": 64, "num_out": 136, "rows": 300}),
