@@ -16,7 +16,10 @@ WAITING = (SUMS[1], "send and receive")
 # The first pattern that is found in a kernel's name decides. Ours are named for their op (a house rule); a replayed graph tells no more
 # than names, so that a product of the head is a product, and a collective's group is not known. On a CPU the names are torch's ops.
 GROUPS: tuple[tuple[str, str], ...] = (
-    ("products", r"^_linear_|^_swiglu_|nvjet|cublas|cutlass.*gemm|gemm|gemv|splitKreduce|^aten::(mm|addmm|bmm|matmul|linear)$|^mkldnn::.*linear"),
+    (
+        "products",
+        r"^_(linear|swiglu)_|nvjet|cublas|cutlass.*gemm|gemm|gemv|splitKreduce|^aten::(mm|addmm|bmm|matmul|linear)$|^mkldnn::.*linear",
+    ),
     ("attention", r"^_paged_attention_|flashinfer|flash|^aten::.*(attention|softmax)"),
     ("experts: products", r"^_grouped_mlp_"),
     ("experts: route, sort, combine", r"^_(route|pick_slots|sort_by_slot|combine_experts)_"),
