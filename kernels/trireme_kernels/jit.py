@@ -71,6 +71,7 @@ def _written(params: Sequence[KernelParam], arguments: Sequence[Any]) -> str:
             key += [f"at_{name} % 16 == 0"] if known and not param.do_not_specialize_on_alignment else []
             given.append(f"at_{name}")
         else:
+            assert type(argument) in (int, float), f"{name} is {argument!r}, neither a tensor nor a number"
             if isinstance(argument, int):
                 key.append(f"1 if {name} == 1 else ({name} % 16 == 0, {name} >> 31)" if known else f"{name} >> 31")
             given.append(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
@@ -99,6 +100,13 @@ def test_what_is_compiled_alike_is_launched_at_once(launch, compiler, other):
     addresses = wanted["x"].data_ptr(), wanted["at"].data_ptr()
     numbers = wanted["stride"], wanted["num_rows"], wanted["eps"], wanted["BLOCK"]
     assert given == (*(*wanted["grid"], 1, 1)[:3], 7, 0, (), None, None, None, *addresses, *numbers)
+
+
+@pytest.mark.parametrize("other", [None, True, np.int64(48)], ids=lambda other: type(other).__name__)
+def test_what_no_key_tells_apart_is_not_launched(other):
+    """triton.jit compiles these apart from numbers of the same value, or makes constants of them."""
+    with pytest.raises(AssertionError, match="stride"):
+        _written(PARAMETERS, (X, X, other, 1, 1.0))  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.gpu

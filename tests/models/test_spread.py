@@ -73,8 +73,8 @@ def checkpoints(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(("family", "plan"), CASES, ids=str)
 def test_logits_are_transformers(family: str, plan: Plan, checkpoints: Path):
-    checkpoint = checkpoints / family
     """Two prompts in chunks, one of fewer rows than there are parts to cut it into, then rows that are not cut."""
+    checkpoint = checkpoints / family
     prompts = random_prompts([45, 24])
     wanted = [prompt_logits(checkpoint, prompt) for prompt in prompts]
     for regime in plan.regimes:

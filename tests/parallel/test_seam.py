@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import torch
 
 from threads import Boards, on_every_rank
 from trireme.core.step import Regime
+from trireme.parallel.aside import Done
 from trireme.parallel.collectives import Collectives
 from trireme.parallel.deal import Deal
 from trireme.parallel.layout import SUM, Layout, cut_of, home_of, lay
 from trireme.parallel.mesh import Mesh
 from trireme.parallel.plan import Plan
-from trireme.parallel.seam import Seam
+from trireme.parallel.seam import Addend, Seam
 from trireme_kernels.choose import Choices
 
 HIDDEN, COUNTS = 8, [6, 5]
@@ -69,6 +72,39 @@ def test_ranks_together_have_what_one_has(regime, strip_rows, num_strips):
     rows = on_every_rank(plan.ranks, run, boards)
     copies = (1 if regime.sp else plan.tp) * (1 if regime.cp else plan.cp)
     assert sum(rows) == copies * sum(COUNTS)
+
+
+def test_products_of_strips_are_computed_beside_what_is_aside(monkeypatch):
+    """What ranks exchange of one strip goes beside the product of the next: only then do strips pay."""
+    plan = Plan(layer_cut=(1,), tp=2, sp=True, strip_rows=10)
+    mesh, boards, regime, products, aside = Mesh(plan), Boards(), Regime(sp=True), [], [False, False]
+    rows, columns, residual = torch.randn(plan.tp, 11, 4), torch.randn(4, HIDDEN), torch.randn(11, HIDDEN)
+    normed, summed = whole((rows @ columns).sum(0), residual)
+
+    def run(rank: int):
+        @contextmanager
+        def beside():
+            aside[rank] = True
+            yield Done()
+            aside[rank] = False
+
+        class Product(Addend):
+            def alone(self) -> torch.Tensor:
+                products.append(aside[rank])
+                return super().alone()
+
+        collectives, deal = Collectives(mesh, rank), Deal(plan, rank, np.array(COUNTS), regime)
+        monkeypatch.setitem(vars(collectives), "aside", beside)
+        seam = make(collectives, lay(tp=SUM), regime, lay())
+        collectives.begin(boards.groups(collectives))
+        home = torch.from_numpy(deal.rows(cut_of(home_of(regime), mesh)))
+        given = [Product(strip, columns) for strip in rows[rank].split(deal.sizes(()))]
+        found, strips = seam(given, residual[home].split(deal.sizes(cut_of(home_of(regime), mesh))), deal)
+        torch.testing.assert_close(found.whole(), normed)
+        torch.testing.assert_close(torch.cat(strips), summed[home])
+
+    on_every_rank(plan.ranks, run, boards)
+    assert products == [False] * 4
 
 
 def test_the_first_seam_of_a_stage_norms_what_came():

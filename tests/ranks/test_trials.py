@@ -20,7 +20,7 @@ from trireme.parallel.link import SoloLink
 from trireme.ranks import chains, drafter, fed, graphs, runner, sampler, states
 from trireme.ranks.load import load_runner
 from trireme.ranks.runner import Runner
-from trireme_kernels import choose
+from trireme_kernels import choose, jit
 from trireme_kernels.linear import tl as linear
 from trireme_tools.settings_options import settings_of_words
 
@@ -35,15 +35,18 @@ OPS = [module.name for module in pkgutil.iter_modules(trireme_kernels.__path__) 
 
 
 class Asked:
-    """In place of a kernel: what each launch would be compiled for. Nothing is computed."""
+    """In place of a kernel: what each launch would be compiled for, and that it can be looked up. Nothing is computed."""
 
     def __init__(self, kernel: Any, name: str, keys: set[str]):
         made = kernel if isinstance(kernel, JITFunction) else JITFunction(kernel.fn, **kernel.kwargs)
         self._name, self._keys = name, keys
+        self._is_ours, self._params = isinstance(kernel, jit.Kernel), made.params
         self._bind = create_function_from_signature(made.signature, made.params, make_backend(GPUTarget("cuda", 90, 32)))
 
     def __getitem__(self, grid: tuple[int, ...]):
         def launch(*args: Any, **named: Any) -> None:
+            if self._is_ours:
+                jit._written(self._params, args)
             _, specialised, options = self._bind(*args, **named)
             self._keys.add(f"{self._name} {specialised} {sorted(options.items())}")
 

@@ -9,7 +9,7 @@ import torch
 from trireme.core.batch import Batch
 from trireme.core.step import Regime
 from trireme.layers.block import Block, Build, PerToken
-from trireme.layers.linear import Linear
+from trireme.layers.linear import LastLinear, Linear
 from trireme.layers.param import by_heads, by_rows, norm_weight
 from trireme.parallel.collectives import picked
 from trireme.parallel.context import Context
@@ -43,7 +43,7 @@ class Attention(Block):
         num_queries = num_heads * (1 + gated) * dim
         parts = (slice(num_queries, None), slice(0, num_queries))
         self.qkv = Linear(build, sum(part.whole for part in heads.parts), spec.hidden, heads, bias=qkv_bias, parts=parts)
-        self.out = Linear(build, spec.hidden, spec.num_heads * dim, by_rows("tp", spec.num_heads, dim), bias=o_bias)
+        self.out = LastLinear(build, spec.hidden, spec.num_heads * dim, by_rows("tp", spec.num_heads, dim), bias=o_bias)
         self.q_norm = norm_weight(build, dim) if qk_norm else None
         self.k_norm = norm_weight(build, dim) if qk_norm else None
 
@@ -67,7 +67,7 @@ class Attention(Block):
         rows = (batch.attention if attend is None else attend())[self.window](q, *batch.caches[self.cache])
         for gate in gates:
             rows = self.sigmoid_mul(rows, gate)
-        return map(self.out.ahead_of_seam, x.split(x.going(rows.flatten(1)) if attend is None else rows.flatten(1)))
+        return map(self.out.for_seam, x.split(x.going(rows.flatten(1)) if attend is None else rows.flatten(1)))
 
     def write(self, x: Strips, batch: Batch, asking: torch.Tensor | slice | None = None) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Keep the rows' keys and values; (queries, their gates where there are any), [n, Hq, D] each, of the rows `asking`; None: all."""

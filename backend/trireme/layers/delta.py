@@ -14,7 +14,7 @@ import torch
 from trireme.core.batch import Batch, Items
 from trireme.core.step import Regime
 from trireme.layers.block import Block, Build, PerRequest
-from trireme.layers.linear import Linear
+from trireme.layers.linear import LastLinear, Linear
 from trireme.layers.param import Param, by_groups, by_rows, norm_weight
 from trireme.parallel.affine import Pieces, Scan, corrected, nothing_done, widened
 from trireme.parallel.layout import SUM, lay
@@ -53,7 +53,7 @@ class GatedDeltaNet(Block):
         self.log_decay = Param(build, (value_heads,), by_groups("tp", key_heads, served), dtype=torch.float32)
         self.dt_bias = Param(build, (value_heads,), by_groups("tp", key_heads, served), dtype=torch.float32)
         self.out_norm = Param(build, (delta.value_dim,))
-        self.out = Linear(build, spec.hidden, value_heads * delta.value_dim, by_rows("tp", key_heads, values))
+        self.out = LastLinear(build, spec.hidden, value_heads * delta.value_dim, by_rows("tp", key_heads, values))
 
         channels, num_heads = self.conv.shape[0], len(self.log_decay)
         window = delta.kernel - 1
@@ -85,7 +85,7 @@ class GatedDeltaNet(Block):
         weights = self.conv[:, 0], self.log_decay, self.dt_bias, self.out_norm, self._eps
         advance, gate = self.planned(items, cut=batch.shared is not None), z.unflatten(1, self._heads)
         rows = advance(qkv, a, b, gate, *weights, *batch.caches[self.cache], items.slots, items.fresh)
-        return map(self.out.ahead_of_seam, x.split(x.going(rows.flatten(1))))
+        return map(self.out.for_seam, x.split(x.going(rows.flatten(1))))
 
     def planned(self, items: Items, cut: bool = False) -> Advance:
         """How the step's items advance: planned by the first layer of a stage, for all of them."""

@@ -8,7 +8,7 @@ import torch
 
 from trireme.core.batch import Batch
 from trireme.layers.block import Block, Build
-from trireme.layers.linear import GatedLinear, Linear
+from trireme.layers.linear import GatedLinear, LastLinear
 from trireme.layers.param import by_rows, norm_weight
 from trireme.parallel.layout import SUM, lay
 from trireme.parallel.seam import Addend
@@ -25,7 +25,7 @@ class GatedMlp(Block):
         hidden, intermediate = build.spec.hidden, build.spec.intermediate
         self.norm = norm_weight(build, hidden)
         self.gate_up = GatedLinear(build, intermediate, hidden, "tp", bias=bias)
-        self.down = Linear(build, hidden, intermediate, by_rows("tp", intermediate), bias=bias)
+        self.down = LastLinear(build, hidden, intermediate, by_rows("tp", intermediate), bias=bias)
 
     def forward(self, x: Strips, batch: Batch) -> Iterator[torch.Tensor | Addend]:
-        return (self.down.ahead_of_seam(self.gate_up(rows)) for rows in x)
+        return (self.down.for_seam(self.gate_up(rows)) for rows in x)

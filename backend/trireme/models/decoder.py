@@ -184,8 +184,9 @@ class Decoder(nn.Module):
 
     @torch.inference_mode()
     def forward(self, batch: Batch, deal: Deal, rows: torch.Tensor | None = None) -> Computed:
-        """The first stage reads batch.tokens, others take the residual `rows`, laid out as `edge` of the step's regime says. The
-        last stage gives logits of sampled rows, others the residual after the add, again laid out as `edge`; the receiver norms it."""
+        """The first stage reads batch.tokens, others take the residual `rows`, laid out as `edge` of the step's regime says, and may
+        write over it: last products of many rows are added to it where it lies (see Addend). The last stage gives logits of sampled
+        rows, others the residual after the add, again laid out as `edge`; the receiver norms it."""
         return self.finish(self.begin(batch, deal, rows), batch, deal)
 
     def begin(self, batch: Batch, deal: Deal, rows: torch.Tensor | None = None) -> Passed:

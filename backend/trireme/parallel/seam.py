@@ -93,23 +93,23 @@ class Seam:
         are computed here, where they are asked for."""
         given = repeat(None) if x is None else x
         if len(deal.strips) == 1:
-            normed, summed = self._cross(next(iter(given)), residual[0], deal)
+            normed, summed = self._cross(*self.settle.land(next(iter(given)), residual[0]), deal)
             return Strips.of(normed), [summed]
         coming, summed = [], []
-        for strip, rows, before in zip(deal.strips, given, residual, strict=False):
+        for strip, each, before in zip(deal.strips, given, residual, strict=False):
+            landed = self.settle.land(each, before)  # a product is not aside: it is what others are beside
             with self._aside() as done:
-                normed, after = self._cross(rows, before, strip)
-            coming.append(Coming(normed, done, kept=(rows, before)))
+                normed, after = self._cross(*landed, strip)
+            coming.append(Coming(normed, done, kept=landed))
             summed.append(after)
         return Strips(coming), summed
 
-    def _cross(self, x: torch.Tensor | Addend | None, residual: torch.Tensor, deal: Deal) -> tuple[torch.Tensor, torch.Tensor]:
+    def _cross(self, x: torch.Tensor | None, residual: torch.Tensor, deal: Deal) -> tuple[torch.Tensor, torch.Tensor]:
         """Of one strip."""
-        rows, residual = self.settle.land(x, residual)
-        if rows is None:
+        if x is None:
             normed = self._rms_norm(residual, self._weight, self._eps)
-        elif (peers := self.settle.peers(rows)) is not None:
-            normed, residual = peers.sum_norm(rows, residual, self._weight, self._eps)
+        elif (peers := self.settle.peers(x)) is not None:
+            normed, residual = peers.sum_norm(x, residual, self._weight, self._eps)
         else:
-            normed, residual = self._add_rms_norm(self.settle(rows, deal), residual, self._weight, self._eps)
+            normed, residual = self._add_rms_norm(self.settle(x, deal), residual, self._weight, self._eps)
         return self.spread(normed, deal), residual
