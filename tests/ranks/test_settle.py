@@ -78,6 +78,16 @@ def test_an_epoch_that_is_over_is_not_waited_for():
         settle.settle(step(1, (0, 2, [FED] * 2), drafts=1, unsettled=[0]), lambda: True)
 
 
+def test_nothing_is_settled_by_an_epoch_that_is_over():
+    settle = Settle(4, 1, depth=2)
+    owe(settle, step(0, (0, 1, [5]), drafts=1), News([], 0, 6, 7))
+    next_step = step(1, (0, 2, [FED] * 2), drafts=1, unsettled=[0])
+    settle.settle(next_step, lambda: False)
+    settle.clear()
+    with pytest.raises(AssertionError, match="in this epoch"):
+        settle.settle(next_step, lambda: False)
+
+
 class Link:
     """Brings messages in the order in which they are waited for."""
 

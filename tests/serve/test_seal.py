@@ -35,3 +35,14 @@ def test_what_comes_from_elsewhere_is_refused(packed):
     with pytest.raises(Refusal, match="outside the server"):
         unseal(packed, read_seal())
     assert unseal(read_seal() + b"message", read_seal()) == b"message"
+
+
+def test_no_seal_that_anybody_could_make(monkeypatch):
+    """Where nothing of the server can be read."""
+
+    def hidden(path):
+        raise PermissionError(path)
+
+    monkeypatch.setattr(seal.Path, "read_bytes", hidden)
+    with pytest.raises(Refusal, match="no seal"):
+        read_seal()

@@ -108,6 +108,12 @@ def test_servers_that_begin_at_once_get_ports_of_their_own():
     HeldPorts(found[0]).close()
 
 
+@pytest.mark.parametrize("address", ["0.0.0.0", "localhost", "127.0.0.1"])
+def test_a_port_is_held_whatever_the_address_is_called(address):
+    with closing(HeldPorts.free()) as held, pytest.raises(Refusal, match=f"http port {held.ports.http} is taken"):
+        HeldPorts(Ports(held.ports.http, held.ports.grpc, held.ports.metrics, address))
+
+
 def test_a_refused_choice_holds_nothing():
     with closing(HeldPorts.free()) as held:
         others = [port - 1 for port in (held.ports.http, held.ports.grpc)]

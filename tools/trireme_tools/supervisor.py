@@ -257,7 +257,7 @@ class HeldPorts:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                claim.bind(f"\0trireme port {address}:{port}")
+                claim.bind(f"\0trireme port {port}")  # of any address: one server may listen on all
                 probe.bind((address, port))
             except OSError as error:
                 raise Refusal(f"{name} port {port} is taken", why=error.strerror or str(error), fix=fix) from None

@@ -30,7 +30,7 @@ _PROBE_ONE, _PROBE_NONE = 21, 42  # amid those times one is, and none: steps dif
 class Cost(NamedTuple):
     """As parts of a step without drafts."""
 
-    wait: float  # what a step costs that verifies any, however many: it cannot be planned before the last one's answer is here
+    wait: float  # what a step costs that verifies any, however many: it begins only once it is known which drafts of the last one stand
     draft: float  # and each draft
 
 
@@ -116,7 +116,8 @@ class Drafts:
         self._slots, self._length, self._stats = slots, length, stats
 
     def ask(self, sampled: np.ndarray, number: int) -> int:
-        """How many step `number` shall make for each item that samples, of these slots. Those that may verify one next wait for them."""
+        """How many step `number` shall make for each item that samples, of these slots. What may verify one next is
+        unsettled until then, or waits."""
         slots = self._slots
         drafting = sampled[slots.drafting[sampled] & (slots.length[sampled] + 1 < slots.limit[sampled])]
         num_drafts = self._length.ask(len(sampled)) if len(drafting) else 0

@@ -446,8 +446,8 @@ class Scheduler:
         return end
 
     def _look_ahead(self, sheet: Sheet) -> None:
-        """What is to become of the tokens that the step samples: drafts are made for those that may verify one next, which wait for
-        them; the others may be fed back."""
+        """What is to become of the tokens that the step samples: drafts are made for those that may verify one next; tokens, and
+        drafts with them, may be fed back."""
         slots, number, sampled = self._slots, sheet.number, sheet.sampled
         if self._drafts is not None and len(self._running) <= self.limits.max_drafting:
             sheet.drafts = self._drafts.ask(sampled, number)

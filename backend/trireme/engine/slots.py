@@ -36,9 +36,7 @@ class Slots:
         self.num_drafts = np.zeros(num_slots, np.int64)  # of `drafts`, those for the next item
         self.coming = np.zeros(num_slots, np.int64)  # drafts that its last step makes
         self.unsure = np.zeros(num_slots, np.int64)  # drafts that its last step verifies
-        self.awaits = np.full(
-            num_slots, -1, np.int64
-        )  # the last step that brings or verifies its drafts, ahead of which an item is unsettled
+        self.awaits = np.full(num_slots, -1, np.int64)  # the last step that brings or verifies its drafts: sooner, an item is unsettled
         self.replays = np.zeros(num_slots, np.int64)  # rows that the stages hold aside and that stood: states are to take them
         self._free = list(range(num_slots - 1, -1, -1))
 

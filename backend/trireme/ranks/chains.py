@@ -89,10 +89,8 @@ class _Chain:
         self._pages = self._numbers[1 + items :].view(items, places)
         self._begins, self._row = torch.arange(items, device=device) * width, torch.arange(width - 1, device=device)
         # Attention is planned once for all drafts of a step: of each place for as many keys as there are up to it.
-        self._owners, self._first_lens = (
-            torch.arange(items, device=device).repeat_interleave(places),
-            torch.arange(items, device=device) * places,
-        )
+        self._owners = torch.arange(items, device=device).repeat_interleave(places)
+        self._first_lens = torch.arange(items, device=device) * places
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)

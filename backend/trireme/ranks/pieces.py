@@ -46,7 +46,7 @@ class Pieces:
     def __init__(
         self, decoder: Decoder, caches: Sequence[tuple[torch.Tensor, ...]], sizes: Iterable[int], *, fill: Fill, scratch_page: int
     ):
-        self._handed_on: dict[tuple[int, ...], torch.Tensor] = {}
+        self._handed_on: dict[tuple[torch.dtype, tuple[int, ...]], torch.Tensor] = {}
         self._all = [InPieces(decoder, caches, size, fill, scratch_page, self._place_like) for size in sizes]
         self._sizes = [each.num_rows for each in reversed(self._all)]
         self._most, self._told = max(self._sizes), "not captured"
@@ -85,10 +85,10 @@ class Pieces:
         return found if found.is_captured else None
 
     def _place_like(self, x: torch.Tensor) -> torch.Tensor:
-        """Where what stands between pieces leaves its result for the next one, whatever the layer: of the shape of x [N, ...]. Of rows
-        that are nobody's it is any."""
+        """Where what stands between pieces leaves its result for the next one, whatever the layer: of the shape and dtype of x [N, ...].
+        Of rows that are nobody's it is any."""
         num_rows, *sizes = x.shape
-        key = tuple(sizes)
+        key = (x.dtype, tuple(sizes))
         if key not in self._handed_on:
             self._handed_on[key] = torch.zeros(self._most, *sizes, dtype=x.dtype, device=x.device)
         return self._handed_on[key][:num_rows]

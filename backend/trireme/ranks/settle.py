@@ -51,12 +51,13 @@ class Settle:
     def __init__(self, max_num_seqs: int, most_drafts: int, depth: int):
         self._depth = depth
         self._tokens = np.zeros((max_num_seqs, 1 + most_drafts), np.int32)  # the token sampled last, then drafts
-        self._samples, self._stands = np.zeros((2, max_num_seqs), np.int64)  # rows that were sampled; drafts among them that stand
+        self._stands = np.zeros(max_num_seqs, np.int64)  # drafts among the rows that were sampled that stand
         self.clear()
 
     def clear(self) -> None:
         """Forget all sequences."""
         self._owed: deque[_Owed] = deque()
+        self._samples = np.zeros(len(self._tokens), np.int64)  # rows that were sampled; 0: nothing was told
 
     def owe(self, step: Step, rows: Rows, news: News) -> None:
         """A step, itself settled, of which `news` will tell."""
@@ -70,6 +71,7 @@ class Settle:
         wanted = slots[items]
         while any(np.isin(wanted, owed.rows.slots[owed.rows.samples > 0]).any() for owed in self._owed):
             self._take(self._owed.popleft(), give_up)
+        assert self._samples[wanted].all(), "what settles an item was told before, in this epoch"
         starts, counts, tokens, stands = array(step.starts).copy(), array(step.counts), array(step.tokens).copy(), self._stands[wanted]
         starts[items] += stands
         firsts = np.cumsum(counts) - counts

@@ -20,12 +20,14 @@ _SIZE = hashlib.sha256().digest_size  # bytes
 
 def read_seal() -> bytes:
     """Of the server that started this process, for as long as it lives: where the kernel put it in memory, at random and for its own
-    user's eyes, and the number of this boot."""
-    digest = hashlib.sha256()
-    for path in (f"/proc/{os.getppid()}/auxv", "/proc/sys/kernel/random/boot_id"):
+    user's eyes, and the number of this boot. Refusal where neither can be read."""
+    paths, found = (f"/proc/{os.getppid()}/auxv", "/proc/sys/kernel/random/boot_id"), b""
+    for path in paths:
         with contextlib.suppress(OSError):  # a sandbox may hide one; alike from all models
-            digest.update(Path(path).read_bytes())
-    return digest.digest()
+            found += Path(path).read_bytes()
+    if not found:
+        raise Refusal("models of this server have no seal", why=f"of {' and '.join(paths)} neither can be read", fix="let them read one")
+    return hashlib.sha256(found).digest()
 
 
 def unseal(packed: bytes, seal: bytes) -> bytes:
