@@ -57,10 +57,9 @@ class Asked:
 def keys(monkeypatch) -> set[str]:
     """Of all launches from now on. Implementations in the Triton language are chosen, for a GPU, and what they leave is zeros."""
     found: set[str] = set()
-    for op in OPS:
-        if "tl" not in choose.implementations(op):
-            continue
-        module = importlib.import_module(f"trireme_kernels.{op}.tl")
+    # all of them first: one takes functions of another's, as they are
+    modules = {op: importlib.import_module(f"trireme_kernels.{op}.tl") for op in OPS if "tl" in choose.implementations(op)}
+    for op, module in modules.items():
         for name, value in list(vars(module).items()):
             if type(value).__name__ in ("JITFunction", "Kernel", "InterpretedFunction"):
                 monkeypatch.setattr(module, name, Asked(value, f"{op}.{name}", found))
