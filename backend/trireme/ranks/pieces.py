@@ -141,7 +141,7 @@ class InPieces:
             items=self._items(plans={step: partial(self._leave_states, cut, step) for step in decoder.steps}),
             num_rows=numbers.num_real,
         )
-        (x, residual) = decoder.begin(batch, self._deal, self._edge)
+        x, residual = decoder.begin(batch, self._deal, self._edge)
         self._passed = Passed(None if x is None else [borrowed(rows) for rows in x], [borrowed(rows) for rows in residual])
 
     def _leave_attention(
@@ -192,6 +192,6 @@ class InPieces:
             if number < len(self._recordings) - 1:
                 self._gaps[number](batch, num_rows)
         assert self._passed is not None
-        (x, residual) = self._passed
+        x, residual = self._passed
         real = Passed(None if x is None else [each[:num_rows] for each in x], [each[:num_rows] for each in residual])
         return self._decoder.finish(real, batch, deal)

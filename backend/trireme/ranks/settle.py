@@ -36,7 +36,6 @@ class News(Protocol):
 
 
 class _Owed(NamedTuple):
-    number: int
     rows: Rows
     drafts: int  # of each item that samples
     news: News
@@ -61,7 +60,7 @@ class Settle:
 
     def owe(self, step: Step, rows: Rows, news: News) -> None:
         """A step, itself settled, of which `news` will tell."""
-        self._owed.append(_Owed(step.number, rows, step.drafts, news))
+        self._owed.append(_Owed(rows, step.drafts, news))
         if len(self._owed) > self._depth:
             self._owed.popleft()
 
