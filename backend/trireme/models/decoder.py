@@ -131,6 +131,7 @@ class Decoder(nn.Module):
             blocks.append(self.head)
             self.mtp = MtpHead(build, self.head, self.embed) if plan.mtp else None
         self.blocks = nn.ModuleList(blocks)
+        self._last_keeping = max(number for number, block in enumerate(blocks) if block.keeps is not None)
         self._parts: list[Embed | Join | Block] = [*([self.embed] if self.embed is not None else []), *blocks]
         self._walks = {regime: Walk(build, regime, self.embed, blocks) for regime in plan.regimes}
         if self.mtp is not None:
@@ -193,7 +194,7 @@ class Decoder(nn.Module):
         """As far as all rows go."""
         walk = self._walks[deal.regime]
         x, residual = None, self._enter(walk, batch, deal, rows)
-        for seam, block in walk.blocks[: self._num_wide(walk, batch)]:
+        for seam, block in walk.blocks[: self._num_wide(batch)]:
             normed, residual = seam(x, residual, deal)
             del x  # what the block computes may lie in its place
             x = block(normed, batch)
@@ -203,7 +204,7 @@ class Decoder(nn.Module):
         """The rest of forward."""
         walk, normed, (x, residual) = self._walks[deal.regime], None, passed
         del passed
-        for seam, block in walk.blocks[self._num_wide(walk, batch) :]:
+        for seam, block in walk.blocks[self._num_wide(batch) :]:
             normed, residual = seam(x, residual, deal)
             del x
             if deal.heads is not None:  # nobody would read what becomes of other rows
@@ -222,14 +223,14 @@ class Decoder(nn.Module):
         unread = None if batch.num_sampled is None else normed.going(rows)[batch.num_sampled :]
         return Computed(logits, None if self.mtp is None else rows, unread)
 
-    def _num_wide(self, walk: Walk, batch: Batch) -> int:
+    def _num_wide(self, batch: Batch) -> int:
         """Blocks from which all rows go on. In the last stage only those whose logits are asked for go on from the last block that keeps
         something of every row; where drafts are made from all rows, or the experts of all are told, from the head."""
         if self.head is None:
-            return len(walk.blocks)
+            return len(self.blocks)
         if self.mtp is not None or batch.routed is not None:
-            return len(walk.blocks) - 1
-        return max(number for number, (_, block) in enumerate(walk.blocks) if block.keeps is not None)
+            return len(self.blocks) - 1
+        return self._last_keeping
 
     def _enter(self, walk: Walk, batch: Batch, deal: Deal, rows: torch.Tensor | None) -> Sequence[torch.Tensor]:
         """The residual at home, by strips. Apart from forward, so that nothing keeps the rows from which it is cut."""
