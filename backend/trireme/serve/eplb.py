@@ -16,12 +16,10 @@ from trireme.core.refusal import Refusal
 from trireme.core.settings import read_settings
 from trireme.serve.balancing import Balancing
 from trireme.serve.checks import check_checkpoint, check_instance, server_flags
-from trireme.serve.exchange import answer_to, asked, send_error
+from trireme.serve.exchange import FINAL, answer_to, asked, send_error
 from trireme.serve.metrics import Reporter, Sample, eplb_samples
 from trireme.serve.place import model_json
 from trireme.serve.repository import FRONT
-
-_FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 
 class Eplb:
@@ -69,7 +67,7 @@ class Eplb:
         words = "" if query is None else query.as_numpy().reshape(-1)[0].decode(errors="replace")
         text = json.dumps(self._balancing.query(words))
         tensor = pb_utils.Tensor("text_output", np.array([text.encode()], dtype=np.object_))
-        request.get_response_sender().send(pb_utils.InferenceResponse([tensor]), flags=_FINAL)
+        request.get_response_sender().send(pb_utils.InferenceResponse([tensor]), flags=FINAL)
 
     def _samples(self) -> Iterator[Sample]:
         return eplb_samples(self._balancing.query("state"))

@@ -13,7 +13,7 @@ from trireme.core.control import Parcel
 from trireme.serve.seal import read_seal, unseal
 
 _SEAL = read_seal()
-_FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 _CODES = {  # by Refusal.kind
     "invalid": pb_utils.TritonError.INVALID_ARG,
     "unavailable": pb_utils.TritonError.UNAVAILABLE,
@@ -46,7 +46,7 @@ def answer_to(request: Any) -> Callable[[Parcel], None]:
     sender = request.get_response_sender()
 
     def send(parcel: Parcel, request: Any = request) -> None:
-        sender.send(pb_utils.InferenceResponse(_tensors(parcel)), flags=_FINAL)
+        sender.send(pb_utils.InferenceResponse(_tensors(parcel)), flags=FINAL)
 
     return send
 
@@ -54,7 +54,7 @@ def answer_to(request: Any) -> Callable[[Parcel], None]:
 def send_error(sender: Any, error: Exception) -> None:
     """An error and FINAL."""
     code = _CODES.get(getattr(error, "kind", "internal"), pb_utils.TritonError.INTERNAL)
-    sender.send(pb_utils.InferenceResponse([], pb_utils.TritonError(str(error), code)), flags=_FINAL)
+    sender.send(pb_utils.InferenceResponse([], pb_utils.TritonError(str(error), code)), flags=FINAL)
 
 
 def _tensors(parcel: Parcel) -> list[Any]:

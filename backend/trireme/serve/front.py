@@ -35,7 +35,7 @@ from trireme.models.spec import read_spec
 from trireme.serve.answer import Answer, Values
 from trireme.serve.bls import SETTLE_S, BlsStages
 from trireme.serve.checks import check_checkpoint, check_devices, check_instance, check_server, server_flags
-from trireme.serve.exchange import ask, send_error
+from trireme.serve.exchange import FINAL, ask, send_error
 from trireme.serve.metrics import Reporter, Sample, samples, service_samples, stage_samples
 from trireme.serve.place import model_json
 from trireme.serve.repository import EPLB, stage_name
@@ -44,7 +44,6 @@ from trireme.serve.text import Text
 
 _CANCEL_PERIOD_S = 0.025
 _STATUS_S = 5.0
-_FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 _DTYPES = {field.name: pb_utils.triton_string_to_numpy(f"TYPE_{field.type}") for field in OUTPUTS}
 
 
@@ -261,9 +260,9 @@ class Front:
             if error is not None:
                 send_error(stream.sender, error)
             elif response is not None:
-                stream.sender.send(response, flags=_FINAL)
+                stream.sender.send(response, flags=FINAL)
             else:
-                stream.sender.send(flags=_FINAL)
+                stream.sender.send(flags=FINAL)
 
     # ---- cancellation: the cancel thread
 
