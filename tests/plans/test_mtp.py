@@ -3,8 +3,6 @@ gives without it, and the distribution that transformers' probabilities say."""
 
 from __future__ import annotations
 
-import queue
-import signal
 from itertools import product
 from pathlib import Path
 
@@ -15,9 +13,9 @@ import torch
 from drafted import draft_well
 from plans.grid import settings_of
 from plans.test_plans import make_prompts
-from plans.whole import assert_same_tokens, emissions_of, tokens_of
+from plans.whole import assert_same_tokens, emissions_of, kill_at, tokens_of
 from tiny import greedy_tokens, oracle, random_prompts, tiny_checkpoint
-from trireme.core.request import Emission, Request, Sampling
+from trireme.core.request import Request, Sampling
 from trireme.core.settings import Settings, make_settings
 from trireme.engine.chain import Chain
 from trireme_tools import offline
@@ -155,19 +153,11 @@ def test_sampled_tokens_keep_their_distribution(pool, tmp_path):
 def test_a_killed_rank_is_a_pause(checkpoints, expected, stage):
     """While the other stage's rank may wait for what settles its next step."""
     folder, others = checkpoints["qwen3_5"], psutil.Process().children()
-    news: queue.SimpleQueue[Emission] = queue.SimpleQueue()
-    answers: dict[str, list[int]] = {str(i): [] for i in range(len(PROMPTS))}
+    sampling = Sampling(max_tokens=NUM_TOKENS, temperature=0.0)
+    requests = [Request(id=str(i), prompt=prompt, sampling=sampling) for i, prompt in enumerate(PROMPTS)]
     with offline.running(settings(folder, "pp2", 3, step_timeout_s=15.0)) as engine:
-        for name, prompt in zip(answers, PROMPTS, strict=True):
-            engine.submit(Request(id=name, prompt=prompt, sampling=Sampling(max_tokens=NUM_TOKENS, temperature=0.0)), news.put)
-        left, ranks = len(PROMPTS), [child for child in psutil.Process().children() if child not in others]
+        ranks = [child for child in psutil.Process().children() if child not in others]
         assert len(ranks) == 2
-        while left:
-            emission = news.get(timeout=120)
-            answers[emission.request_id] += emission.tokens
-            left -= emission.finish_reason is not None
-            if ranks and max(map(len, answers.values())) >= NUM_TOKENS // 2:
-                ranks[stage].send_signal(signal.SIGKILL)
-                ranks.clear()
+        answers = tokens_of(engine, requests, 120, kill_at(NUM_TOKENS // 2, ranks[stage]))
         assert engine.stats.epochs == 2
-    assert_same_tokens(folder, PROMPTS, list(answers.values()), expected["qwen3_5"])
+    assert_same_tokens(folder, PROMPTS, answers, expected["qwen3_5"])

@@ -3,18 +3,15 @@ layer, a rank that dies. Tokens are transformers'. Plans inside a stage are in t
 
 from __future__ import annotations
 
-import os
-import queue
 import random
-import signal
 from pathlib import Path
 
 import psutil
 import pytest
 
-from plans.whole import assert_same_tokens, tokens_of
+from plans.whole import assert_same_tokens, kill_at, tokens_of
 from tiny import greedy_tokens, tiny_checkpoint
-from trireme.core.request import Emission, Request, Sampling
+from trireme.core.request import Request, Sampling
 from trireme.core.settings import Settings, make_settings
 from trireme_tools import offline
 
@@ -85,19 +82,9 @@ def test_a_plan_changes_nothing(pool, checkpoints, expected, family, plan):
 def test_a_sequence_goes_on_after_a_killed_rank(checkpoints, expected):
     """Its states are gone; the next epoch makes them again from its tokens."""
     folder, others = checkpoints["qwen3_5"], psutil.Process().children()
-    news: queue.SimpleQueue[Emission] = queue.SimpleQueue()
-    answers: dict[str, list[int]] = {str(i): [] for i in range(len(PROMPTS))}
     with offline.running(settings(folder, pipeline_parallel_size=2, step_timeout_s=15.0)) as engine:
-        for request in requests(PROMPTS):
-            engine.submit(request, news.put)
-        left, victims = len(PROMPTS), [child for child in psutil.Process().children() if child not in others]
+        victims = [child for child in psutil.Process().children() if child not in others]
         assert len(victims) == 2
-        while left:
-            emission = news.get(timeout=120)
-            answers[emission.request_id] += emission.tokens
-            left -= emission.finish_reason is not None
-            if victims and max(map(len, answers.values())) == NUM_TOKENS // 2:
-                os.kill(victims.pop().pid, signal.SIGKILL)
-                victims.clear()
+        answers = tokens_of(engine, requests(PROMPTS), 120, kill_at(NUM_TOKENS // 2, victims[-1]))
         assert engine.stats.epochs == 2
-    assert_same_tokens(folder, PROMPTS, list(answers.values()), expected["qwen3_5"])
+    assert_same_tokens(folder, PROMPTS, answers, expected["qwen3_5"])
